@@ -1,0 +1,36 @@
+"""Paged and ragged attention for Equinox."""
+
+from importlib.metadata import version as _version
+
+from . import reference as reference
+from ._attention import (
+    PagedAttention as PagedAttention,
+    PagedMultiheadAttention as PagedMultiheadAttention,
+    RaggedAttention as RaggedAttention,
+)
+from ._batch import RaggedBatch as RaggedBatch
+from ._cache import PagedKVCache as PagedKVCache
+from ._generate import (
+    generate as generate,
+    Generation as Generation,
+    greedy as greedy,
+)
+from ._kv_pages import KVPages as KVPages
+from ._page_table import PageCopies as PageCopies, PageTable as PageTable
+from ._ragged_cache import RaggedKV as RaggedKV, RaggedKVCache as RaggedKVCache
+from ._results import RESULTS as RESULTS
+from .kernels._online_softmax import merge_residuals as merge_residuals
+from .kernels.paged_attention import paged_attention as paged_attention
+from .kernels.ragged_attention import (
+    mha_cost_estimate as mha_cost_estimate,
+    ragged_gqa as ragged_gqa,
+    ragged_mha as ragged_mha,
+    ragged_mqa as ragged_mqa,
+)
+from .kernels.ragged_paged_attention import (
+    ragged_paged_attention as ragged_paged_attention,
+)
+from .kernels.write_kv import write_kv as write_kv
+
+
+__version__ = _version("eqx_paged")

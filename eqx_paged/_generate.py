@@ -1,0 +1,307 @@
+"""Generation: prefill in chunks, then a loop of decode steps, as one program."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
+
+from ._batch import RaggedBatch, row_of_token
+from ._cache import PagedKVCache
+from ._ragged_cache import RaggedKVCache
+from ._results import RESULTS
+
+
+Cache = PagedKVCache | RaggedKVCache
+Sampler = Callable[
+    [Float[Array, "num_seqs vocab_size"], PRNGKeyArray | None], Int32[Array, " num_seqs"]
+]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What `generate` asks of a model."""
+
+    def __call__(
+        self, tokens: Int32[Array, " num_tokens"], cache: Any, batch: RaggedBatch
+    ) -> tuple[Float[Array, "num_tokens hidden_size"], Any]:
+        """The hidden state of each token, and the cache with their keys and values."""
+        ...
+
+    def unembed(
+        self, hidden: Float[Array, "num_tokens hidden_size"]
+    ) -> Float[Array, "num_tokens vocab_size"]:
+        """The logits of the token after each."""
+        ...
+
+
+class Generation(eqx.Module):
+    """What [`eqx_paged.generate`][] made.
+
+    - `tokens`: the new tokens of each prompt; 0 past its length.
+    - `lengths`: how many there are, a stop token included.
+    - `result`: `successful`, or what ended the run early. `tokens` holds what was made
+        until then.
+    """
+
+    tokens: Int32[Array, "num_prompts max_new_tokens"]
+    lengths: Int32[Array, " num_prompts"]
+    result: RESULTS
+
+
+def greedy(
+    logits: Float[Array, "num_seqs vocab_size"], key: PRNGKeyArray | None = None
+) -> Int32[Array, " num_seqs"]:
+    """The sampler that takes the most probable token.
+
+    **Arguments:**
+
+    - `logits`: of each row's next token.
+    - `key`: not used.
+
+    **Returns:**
+
+    A token a row; the first of several equally probable ones.
+    """
+    del key
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: Model,
+    cache: Cache,
+    prompts: Int[Array | np.ndarray, "num_prompts max_prompt_len"],
+    prompt_lens: Int[Array | np.ndarray, " num_prompts"],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | Int[Array | np.ndarray, " num_stops"] = (),
+    sampler: Sampler = greedy,
+    key: PRNGKeyArray | None = None,
+    prefill_chunk: int = 512,
+    throw: bool = True,
+) -> tuple[Generation, Cache]:
+    """Continues prompts, each until a stop token or `max_new_tokens`.
+
+    One compiled program: the prompts are read in chunks, and then a loop makes a token a
+    row and turn until every row is done. A row that is done only keeps its slot. Prompts,
+    their lengths and number, and the stop tokens are data; a program is compiled for each
+    `max_prompt_len`, `max_new_tokens`, number of stop tokens, sampler and kind of cache.
+
+    Prompt `i` extends row `i`, whatever the row holds: a second turn of a conversation
+    gives its own text only, which begins with the last token of the first turn's answer.
+
+    **Arguments:**
+
+    - `model`: called as `model(tokens, cache, batch) -> (hidden, cache)`, with an `unembed`
+        method from hidden states to logits. Any PyTree.
+    - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][] with at
+        least as many rows as there are prompts.
+    - `prompts`: padded with anything.
+    - `prompt_lens`: the tokens of each prompt; one of length 0 leaves its row idle.
+    - `max_new_tokens`: the most tokens to make a prompt. 0 only reads the prompts.
+    - `stop_tokens`: tokens after which a row is done.
+    - `sampler`: `(logits, key) -> tokens`. Pass the same function object each time: another
+        one, an equal lambda included, compiles again.
+    - `key`: for the sampler, split for each step. May be None if the sampler needs none.
+    - `prefill_chunk`: how many prompt tokens to read a step, of all prompts together.
+    - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
+
+    **Returns:**
+
+    The [`eqx_paged.Generation`][] and the cache. Each row holds its prompt and all new
+    tokens but the last, whose key and value were not needed.
+
+    **Raises:**
+
+    `ValueError` for arguments that do not fit together. With `throw`, also a `ValueError`
+    if the prompts do not fit the cache, before any work; and a `RuntimeError` if the run
+    failed later. `cache` is as it was, in any case.
+
+    !!! info
+
+        `generate` does not donate the cache, so that the program begins with a copy of it.
+        Where there is no room for two, donate it yourself:
+
+        ```python
+        @eqx.filter_jit(donate="all-except-first")
+        def run(model, cache, prompts, prompt_lens):
+            return eqx_paged.generate(
+                model, cache, prompts, prompt_lens, max_new_tokens=64, throw=False
+            )
+        ```
+    """
+    num_prompts, max_prompt_len = prompts.shape
+    _check_arguments(prompts.shape, cache.num_seqs, max_new_tokens, prefill_chunk)
+    arguments = (cache, prompts, prompt_lens)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+    if throw and traced:
+        raise ValueError("generate needs throw=False under jit: it cannot raise there.")
+    if throw:
+        _check_prompts_fit(cache, max_prompt_len, np.asarray(prompt_lens))
+    # Rows and not prompts, and outside the program: another number of prompts is no
+    # other program.
+    xp = jnp if traced else np
+    extra = cache.num_seqs - num_prompts
+    prompts = xp.pad(xp.asarray(prompts, xp.int32), ((0, extra), (0, 0)))
+    prompt_lens = xp.pad(xp.asarray(prompt_lens, xp.int32), (0, extra))
+    tokens, lengths, result, cache = _run(
+        model,
+        cache,
+        prompts,
+        prompt_lens,
+        jnp.asarray(stop_tokens, jnp.int32),
+        key,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        chunk=min(prefill_chunk, prompts.size),
+    )
+    if throw and result != RESULTS.successful:
+        raise RuntimeError(
+            f"{RESULTS[result]} {int(lengths.sum())} tokens had been made until then; "
+            "`throw=False` returns them."
+        )
+    if extra > 0:
+        tokens, lengths = (xp.asarray(x)[:num_prompts] for x in (tokens, lengths))
+    generation = Generation(jnp.asarray(tokens), jnp.asarray(lengths), result)
+    return generation, cache
+
+
+class _Rows(eqx.Module):
+    """What the loops carry."""
+
+    cache: Cache
+    num_read: Int32[Array, " num_seqs"]  # tokens of the prompt
+    tokens: Int32[Array, "num_seqs max_new_tokens"]
+    lengths: Int32[Array, " num_seqs"]
+    last: Int32[Array, " num_seqs"]  # made, but not yet in the cache
+    running: Bool[Array, " num_seqs"]
+    step: Int32[Array, ""]
+    result: RESULTS
+
+
+@eqx.filter_jit
+def _run(
+    model,
+    cache,
+    prompts,
+    prompt_lens,
+    stop_tokens,
+    key,
+    *,
+    max_new_tokens,
+    sampler,
+    chunk,
+):
+    def sample(rows, hidden, batch, made):
+        """Puts the next token of the rows `made` after the others."""
+        if max_new_tokens == 0:
+            return rows
+        logits = model.unembed(hidden[batch.last_tokens])
+        step_key = None if key is None else jax.random.fold_in(key, rows.step)
+        new = sampler(logits, step_key).astype(jnp.int32)
+        column = jnp.where(made, rows.lengths, max_new_tokens)
+        row = jnp.arange(new.shape[0], dtype=jnp.int32)
+        lengths = rows.lengths + made.astype(jnp.int32)
+        stopped = jnp.any(new[:, None] == stop_tokens[None], axis=1)
+        goes_on = made & ~stopped & (lengths < max_new_tokens)
+        return dataclasses.replace(
+            rows,
+            tokens=rows.tokens.at[row, column].set(new, mode="drop"),
+            lengths=lengths,
+            last=jnp.where(made, new, rows.last),
+            running=jnp.where(made, goes_on, rows.running),
+            step=rows.step + 1,
+        )
+
+    def prefill(rows):
+        left = prompt_lens - rows.num_read
+        before = jnp.cumsum(left, dtype=jnp.int32) - left
+        q_lens = jnp.clip(chunk - before, 0, left)
+        cache, batch, result = rows.cache.append(q_lens, chunk)
+        row, exists = row_of_token(batch.cu_q_lens, chunk)
+        offset = jnp.arange(chunk, dtype=jnp.int32) - batch.cu_q_lens[row]
+        tokens = prompts.at[row, rows.num_read[row] + offset].get(mode="clip")
+        hidden, cache = model(jnp.where(exists, tokens, 0), cache, batch)
+        num_read = rows.num_read + q_lens
+        rows = dataclasses.replace(rows, cache=cache, num_read=num_read, result=result)
+        made = (q_lens > 0) & (num_read == prompt_lens) & _is_well(rows)
+        return sample(rows, hidden, batch, made)
+
+    def decode(rows):
+        cache, batch, result = rows.cache.append(rows.running.astype(jnp.int32))
+        tokens = jnp.where(rows.running, rows.last, 0)
+        hidden, cache = model(tokens, cache, batch)
+        rows = dataclasses.replace(rows, cache=cache, result=result)
+        return sample(rows, hidden, batch, rows.running & _is_well(rows))
+
+    num_seqs, max_prompt_len = prompts.shape
+    zeros = jnp.zeros(num_seqs, jnp.int32)
+    rows = _Rows(
+        cache=cache,
+        num_read=zeros,
+        tokens=jnp.zeros((num_seqs, max_new_tokens), jnp.int32),
+        lengths=zeros,
+        last=zeros,
+        running=jnp.zeros(num_seqs, bool),
+        step=jnp.array(0, jnp.int32),
+        result=_result_of_prompts(cache, max_prompt_len, prompt_lens),
+    )
+    rows = jax.lax.while_loop(
+        lambda rows: _is_well(rows) & jnp.any(rows.num_read < prompt_lens), prefill, rows
+    )
+    rows = jax.lax.while_loop(
+        lambda rows: _is_well(rows) & jnp.any(rows.running), decode, rows
+    )
+    return rows.tokens, rows.lengths, rows.result, rows.cache
+
+
+def _is_well(rows):
+    return rows.result == RESULTS.successful
+
+
+def _result_of_prompts(cache, max_prompt_len, prompt_lens):
+    # All of them at once, so that a chunk cannot fail after another has been read.
+    _, _, result = cache.append(prompt_lens, prompt_lens.shape[0] * max_prompt_len)
+    too_long = jnp.any(prompt_lens > max_prompt_len)
+    return RESULTS.where(too_long, RESULTS.invalid_argument, result)
+
+
+def _check_arguments(prompts_shape, num_seqs, max_new_tokens, prefill_chunk):
+    num_prompts, max_prompt_len = prompts_shape
+    if not 1 <= num_prompts <= num_seqs:
+        raise ValueError(
+            f"There are {num_prompts} prompts, but the cache has {num_seqs} rows."
+        )
+    if max_prompt_len < 1:
+        raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, but is {max_new_tokens}.")
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be at least 1, but is {prefill_chunk}.")
+
+
+def _check_prompts_fit(cache, max_prompt_len, prompt_lens):
+    held = np.asarray(cache.kv_lens)[: len(prompt_lens)]
+    for row, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
+        if not 0 <= new <= max_prompt_len:
+            raise ValueError(
+                f"Prompt {row} has length {new}, but prompts has room for 0 to "
+                f"{max_prompt_len} tokens each."
+            )
+        if old + new > cache.max_len:
+            raise ValueError(
+                f"Prompt {row} has {new} tokens and row {row} of the cache holds {old}, but "
+                f"a row has room for {cache.max_len}."
+            )
+    if isinstance(cache, PagedKVCache):
+        size = cache.page_size
+        needed = int(np.sum(-(-(held + prompt_lens) // size) - -(-held // size)))
+        num_free = int(cache.table.num_free_pages)
+        if needed > num_free:
+            raise ValueError(
+                f"The prompts need {needed} pages of {size} tokens, but {num_free} are free."
+            )

@@ -1,0 +1,356 @@
+"""Which page holds which tokens of which sequence."""
+
+import dataclasses
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from ._results import RESULTS
+
+
+class PageCopies(eqx.Module):
+    """Pages to be copied before the next write: the first `num_copies` of `src` to `dst`."""
+
+    src: Int32[Array, " num_seqs"]
+    dst: Int32[Array, " num_seqs"]
+    num_copies: Int32[Array, ""]
+
+
+class PageTable(eqx.Module):
+    """Which page holds which tokens of which sequence.
+
+    A row is a sequence: token `t` of row `i` lies in page `page_indices[i, t // page_size]`
+    at offset `t % page_size`. Pages are taken from a stack of free ones and given back to
+    it; a page that several rows hold is counted once a row. The keys and values themselves
+    are elsewhere, in [`eqx_paged.KVPages`][], and the same table serves every layer.
+
+    All operations are pure: they return a new table, under `jit`, `vmap` or `scan` as well.
+    Those that can fail return a [`eqx_paged.RESULTS`][] beside it, and if they fail, the
+    table is as it was. Lengths never exceed `max_len`; each page is either free or counted
+    by exactly the rows that hold it.
+    """
+
+    page_indices: Int32[Array, "num_seqs pages_per_seq"]
+    kv_lens: Int32[Array, " num_seqs"]
+    ref_counts: Int32[Array, " num_pages"]
+    free_pages: Int32[Array, " num_pages"]
+    num_free_pages: Int32[Array, ""]
+    page_size: int = eqx.field(static=True)
+
+    @classmethod
+    def empty(
+        cls, *, num_pages: int, num_seqs: int, pages_per_seq: int, page_size: int
+    ) -> "PageTable":
+        """A table without sequences.
+
+        **Arguments:**
+
+        - `num_pages`: pages in the pool.
+        - `num_seqs`: rows, the most sequences at a time.
+        - `pages_per_seq`: the most pages of one sequence.
+        - `page_size`: tokens a page, a power of two from 8 to 256.
+
+        **Raises:**
+
+        `ValueError` for a count below 1, another page size, or a pool of more slots than
+        an int32 can tell apart.
+        """
+        check_page_size(page_size)
+        check_positive(
+            num_pages=num_pages, num_seqs=num_seqs, pages_per_seq=pages_per_seq
+        )
+        # One value is kept for "past the end".
+        if max(num_pages, pages_per_seq) * page_size >= 2**31 - 1:
+            raise ValueError(
+                f"{max(num_pages, pages_per_seq)} pages of {page_size} tokens are more "
+                f"slots than an int32 can index, which is {2**31 - 1}."
+            )
+        return cls(
+            page_indices=jnp.zeros((num_seqs, pages_per_seq), jnp.int32),
+            kv_lens=jnp.zeros(num_seqs, jnp.int32),
+            ref_counts=jnp.zeros(num_pages, jnp.int32),
+            free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
+            num_free_pages=jnp.array(num_pages, jnp.int32),
+            page_size=page_size,
+        )
+
+    @property
+    def num_seqs(self) -> int:
+        """Rows."""
+        return self.page_indices.shape[0]
+
+    @property
+    def pages_per_seq(self) -> int:
+        """The most pages of one row."""
+        return self.page_indices.shape[1]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool, free or not."""
+        return self.ref_counts.shape[0]
+
+    @property
+    def max_len(self) -> int:
+        """The most tokens of one row."""
+        return self.pages_per_seq * self.page_size
+
+    def append(
+        self, q_lens: Int32[Array, " num_seqs"]
+    ) -> tuple["PageTable", RESULTS]:
+        """Makes room for more tokens. All rows are served, or none.
+
+        A row that is about to write into a page that it shares gets a page of its own in
+        its place; whoever stores the tokens must copy the old one's contents first, which
+        [`eqx_paged.PagedKVCache`][] does. [`eqx_paged.PageTable.reserve`][] tells which.
+
+        **Arguments:**
+
+        - `q_lens`: how many tokens to make room for in each row; 0 leaves it alone.
+
+        **Returns:**
+
+        The new table and `successful`; or this table and `invalid_argument`,
+        `sequence_too_long` or `out_of_pages`.
+        """
+        table, _, result = self.reserve(q_lens)
+        return table, result
+
+    def reserve(
+        self,
+        q_lens: Int32[Array, " num_seqs"],
+        *,
+        max_q_len: int | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple["PageTable", PageCopies, RESULTS]:
+        """As `append`, and tells which pages must be copied before the new tokens are stored.
+
+        **Arguments:**
+
+        - `q_lens`: as in `append`.
+        - `max_q_len`: the most tokens of one row, if known; the work is
+            `num_seqs * max_q_len / page_size` then, and not `num_seqs * pages_per_seq`.
+        - `num_tokens`: the most tokens of all rows together, if there is a limit.
+
+        **Returns:**
+
+        The new table; the copies to make, at most one a row; and the result, which may
+        also be `too_many_tokens`.
+        """
+        old_pages = _ceil_div(self.kv_lens, self.page_size)
+        copying, tail = self._rows_to_copy(q_lens)
+        kv_lens = self.kv_lens + q_lens
+        # Of a row that copies, the first new page takes the tail's column.
+        num_new = _ceil_div(kv_lens, self.page_size) - old_pages
+        num_new += copying.astype(jnp.int32)
+        result = self._check_room(q_lens, num_new, max_q_len, num_tokens)
+
+        ok = result == RESULTS.successful
+        num_new, copying = jnp.where(ok, num_new, 0), copying & ok
+        ranks = jnp.cumsum(num_new, dtype=jnp.int32) - num_new
+        width = self._most_new_pages(max_q_len)
+        nth = jnp.arange(width, dtype=jnp.int32)[None]
+        taken = nth < num_new[:, None]
+        from_top = self.num_free_pages - 1 - ranks[:, None] - nth
+        pages = self.free_pages.at[from_top].get(mode="clip")
+        columns = (old_pages - copying.astype(jnp.int32))[:, None] + nth
+        columns = jnp.where(taken, columns, self.pages_per_seq)
+        rows = jnp.arange(self.num_seqs, dtype=jnp.int32)
+
+        ref_counts = self.ref_counts.at[jnp.where(taken, pages, self.num_pages)].set(
+            1, mode="drop"
+        )
+        table = dataclasses.replace(
+            self,
+            page_indices=self.page_indices.at[rows[:, None], columns].set(
+                pages, mode="drop"
+            ),
+            kv_lens=jnp.where(ok, kv_lens, self.kv_lens),
+            ref_counts=ref_counts.at[jnp.where(copying, tail, self.num_pages)].add(
+                -1, mode="drop"
+            ),
+            num_free_pages=self.num_free_pages - jnp.sum(num_new, dtype=jnp.int32),
+        )
+        return table, _pack_copies(copying, tail, pages[:, 0]), result
+
+    def fork(
+        self,
+        src: int | Int32[Array, ""] | Int32[Array, " num_forks"],
+        dst: int | Int32[Array, ""] | Int32[Array, " num_forks"],
+    ) -> tuple["PageTable", RESULTS]:
+        """Makes rows `dst` the same sequences as rows `src`, without copying a token.
+
+        They share every page until one of them appends to a page that is not full, which
+        then gets its own copy of it.
+
+        **Arguments:**
+
+        - `src`, `dst`: rows; several forks at once if they are arrays. Rows `dst` must be
+            empty, each named once, and not among its own `src`.
+
+        **Returns:**
+
+        The new table and `successful`; or this table and `invalid_argument` or
+        `row_in_use`.
+        """
+        src = jnp.atleast_1d(jnp.asarray(src, jnp.int32))
+        dst = jnp.atleast_1d(jnp.asarray(dst, jnp.int32))
+        if src.shape != dst.shape:
+            raise ValueError(
+                f"src and dst must have one shape, but have {src.shape} and {dst.shape}."
+            )
+        unknown = (src < 0) | (src >= self.num_seqs) | (dst < 0) | (dst >= self.num_seqs)
+        in_use = (self.kv_lens.at[dst].get(mode="clip") > 0) | (src == dst)
+        result = first_of(
+            (jnp.any(unknown), RESULTS.invalid_argument),
+            (jnp.any(in_use) | _has_duplicates(dst), RESULTS.row_in_use),
+        )
+        ok = result == RESULTS.successful
+        src, dst = jnp.where(ok, src, 0), jnp.where(ok, dst, self.num_seqs)
+        pages, kv_lens = self.page_indices[src], self.kv_lens[src]
+        held = self._columns() * self.page_size < kv_lens[:, None]
+        counted = jnp.where(held & ok, pages, self.num_pages)
+        table = dataclasses.replace(
+            self,
+            page_indices=self.page_indices.at[dst].set(pages, mode="drop"),
+            kv_lens=self.kv_lens.at[dst].set(kv_lens, mode="drop"),
+            ref_counts=self.ref_counts.at[counted].add(1, mode="drop"),
+        )
+        return table, result
+
+    def truncate(self, kv_lens: Int32[Array, " num_seqs"]) -> "PageTable":
+        """Shortens rows, and releases the pages that they no longer need.
+
+        **Arguments:**
+
+        - `kv_lens`: the new length of each row. A length above the present one leaves the
+            row as it is; one below 0 is 0.
+
+        **Returns:**
+
+        The new table.
+        """
+        kv_lens = jnp.clip(kv_lens, 0, self.kv_lens)
+        first_slots = self._columns() * self.page_size
+        kept = first_slots < kv_lens[:, None]
+        released = (first_slots < self.kv_lens[:, None]) & ~kept
+        pages = jnp.where(released, self.page_indices, self.num_pages)
+        ref_counts = self.ref_counts.at[pages].add(-1, mode="drop")
+        # Page by page and not entry by entry: several rows may release one page at once.
+        freed = (self.ref_counts > 0) & (ref_counts == 0)
+        top = self.num_free_pages + jnp.cumsum(freed, dtype=jnp.int32)
+        return dataclasses.replace(
+            self,
+            page_indices=jnp.where(kept, self.page_indices, 0),
+            kv_lens=kv_lens,
+            ref_counts=ref_counts,
+            free_pages=self.free_pages.at[
+                jnp.where(freed, top - 1, self.num_pages)
+            ].set(jnp.arange(self.num_pages, dtype=jnp.int32), mode="drop"),
+            num_free_pages=top[-1],
+        )
+
+    def free(self, rows: Bool[Array, " num_seqs"]) -> "PageTable":
+        """Empties rows, and releases their pages.
+
+        **Arguments:**
+
+        - `rows`: True for each row to empty.
+
+        **Returns:**
+
+        The new table.
+        """
+        return self.truncate(jnp.where(rows, 0, self.kv_lens))
+
+    def _columns(self) -> Int32[Array, "1 pages_per_seq"]:
+        return jnp.arange(self.pages_per_seq, dtype=jnp.int32)[None]
+
+    def _most_new_pages(self, max_q_len: int | None) -> int:
+        # The first token may need a page, and then each `page_size` more.
+        if max_q_len is None:
+            return self.pages_per_seq
+        return min(self.pages_per_seq, 1 + _ceil_div(max_q_len - 1, self.page_size))
+
+    def _rows_to_copy(self, q_lens):
+        """Which rows write into a page that is not theirs alone; and each row's last page."""
+        column = jnp.maximum(_ceil_div(self.kv_lens, self.page_size) - 1, 0)
+        tail = jnp.take_along_axis(self.page_indices, column[:, None], axis=1)[:, 0]
+        holders = self.ref_counts[tail]
+        writes = (q_lens > 0) & (self.kv_lens % self.page_size != 0) & (holders > 1)
+        # Rows sorted by the shared page they write to. Where all holders of a page write,
+        # the last of them keeps it.
+        rows = jnp.arange(self.num_seqs, dtype=jnp.int32)
+        page = jnp.where(writes, tail, self.num_pages + rows)
+        order = jnp.argsort(page, stable=True)
+        in_order = page[order]
+        place = jnp.zeros_like(rows).at[order].set(rows)
+        begin = jnp.searchsorted(in_order, page, side="left").astype(jnp.int32)
+        end = jnp.searchsorted(in_order, page, side="right").astype(jnp.int32)
+        keeps = (end - begin == holders) & (place == end - 1)
+        return writes & ~keeps, tail
+
+    def _check_room(self, q_lens, num_new, max_q_len, num_tokens):
+        out_of_pages = jnp.sum(num_new, dtype=jnp.int32) > self.num_free_pages
+        return first_of(
+            *faults_of_step(q_lens, self.kv_lens, self.max_len, max_q_len, num_tokens),
+            (out_of_pages, RESULTS.out_of_pages),
+        )
+
+
+def check_page_size(page_size: int) -> None:
+    if not 8 <= page_size <= 256 or page_size & (page_size - 1):
+        raise ValueError(
+            f"page_size must be a power of two from 8 to 256, but is {page_size}."
+        )
+
+
+def check_positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, but is {count}.")
+
+
+def _ceil_div(a, b):
+    return -(-a // b)
+
+
+def faults_of_step(q_lens, kv_lens, max_len, max_q_len, num_tokens):
+    """What can be wrong with a step's tokens in any cache, in the order it is told."""
+    too_many = jnp.array(False)
+    if max_q_len is not None:
+        too_many |= jnp.any(q_lens > max_q_len)
+    if num_tokens is not None:
+        # Clipped, so that the sum of absurd counts cannot overflow into a small one.
+        clipped = jnp.clip(q_lens, 0, num_tokens + 1)
+        too_many |= jnp.sum(clipped, dtype=jnp.int32) > num_tokens
+    return (
+        (jnp.any(q_lens < 0), RESULTS.invalid_argument),
+        (too_many, RESULTS.too_many_tokens),
+        (jnp.any(q_lens > max_len - kv_lens), RESULTS.sequence_too_long),
+    )
+
+
+def first_of(*cases):
+    result = RESULTS.successful
+    for applies, reason in reversed(cases):
+        result = RESULTS.where(applies, reason, result)
+    return result
+
+
+def _has_duplicates(x):
+    x = jnp.sort(x)
+    return jnp.any(x[1:] == x[:-1])
+
+
+def _pack_copies(copying, src, dst):
+    """Moves the rows that copy to the front."""
+    num_seqs = copying.shape[0]
+    count = jnp.cumsum(copying, dtype=jnp.int32)
+    place = jnp.where(copying, count - 1, num_seqs)
+    empty = jnp.zeros(num_seqs, jnp.int32)
+    return PageCopies(
+        src=empty.at[place].set(src, mode="drop"),
+        dst=empty.at[place].set(dst, mode="drop"),
+        num_copies=count[-1],
+    )

@@ -1,0 +1,1 @@
+"""Array functions. Private: what is public is re-exported by `eqx_paged`."""

@@ -1,0 +1,110 @@
+"""What every public array function checks and fills in before any work."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._types import Scale
+from ._pages import LANES
+
+
+def check_equal(name_a: str, a: int, name_b: str, b: int) -> None:
+    if a != b:
+        raise ValueError(f"{name_a} is {a} but {name_b} is {b}; they must be equal.")
+
+
+def check_rank(name: str, array: Array, rank: int) -> None:
+    if array.ndim != rank:
+        raise ValueError(
+            f"{name} must have {rank} axes, but its shape is {array.shape}."
+        )
+
+
+def check_indices(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} must be int32, but is {array.dtype}.")
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, but they are {num_heads} "
+            f"and {num_kv_heads}."
+        )
+
+
+def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
+    check_rank("k_pages", k_pages, 4)
+    if k_pages.shape != v_pages.shape:
+        raise ValueError(
+            f"k_pages and v_pages must have one shape, but have {k_pages.shape} and "
+            f"{v_pages.shape}."
+        )
+    lanes = k_pages.shape[3]
+    in_rows = lanes == LANES and head_dim > 0 and LANES % head_dim == 0
+    if lanes != head_dim and not in_rows:
+        raise ValueError(
+            f"The last axis of k_pages is {lanes} but head_dim is {head_dim}. It must be "
+            f"head_dim, or {LANES} where head_dim divides {LANES}."
+        )
+
+
+def check_writable(**pages: Array) -> None:
+    for name, array in pages.items():
+        if array.dtype != jnp.uint16 and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floating-point, or uint16 for the bits of bfloat16, but "
+                f"is {array.dtype}."
+            )
+
+
+def check_options(
+    *,
+    num_heads: int,
+    soft_cap: float | None,
+    sliding_window: int | None,
+    sinks: Array | None,
+    mask_value: float,
+    return_residuals: bool,
+) -> None:
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be above 0, but is {soft_cap}.")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, but is {sliding_window}.")
+    if not (math.isfinite(mask_value) and mask_value < 0):
+        raise ValueError(
+            f"mask_value must be finite and below 0, but is {mask_value}. It stands for "
+            "minus infinity."
+        )
+    if sinks is None:
+        return
+    if sinks.shape != (num_heads,):
+        raise ValueError(
+            f"sinks must have one value a head, shape {(num_heads,)}, but its shape is "
+            f"{sinks.shape}."
+        )
+    if return_residuals:
+        raise ValueError(
+            "return_residuals=True and sinks exclude each other: a sink belongs to the "
+            "merged result, and would be counted once a part."
+        )
+
+
+def sm_scale_or_default(sm_scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if sm_scale is None else float(sm_scale)
+
+
+def scale_per_head(
+    name: str, scale: Scale | None, num_kv_heads: int
+) -> Float[Array, " num_kv_heads"] | None:
+    if scale is None:
+        return None
+    scale = jnp.asarray(scale, jnp.float32)
+    if scale.shape not in ((), (num_kv_heads,)):
+        raise ValueError(
+            f"{name} must be a scalar or one value a kv head, shape {(num_kv_heads,)}, "
+            f"but its shape is {scale.shape}."
+        )
+    return jnp.broadcast_to(scale, (num_kv_heads,))

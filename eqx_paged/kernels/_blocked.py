@@ -1,0 +1,183 @@
+"""Causal attention of packed query rows in plain XLA, a tile of queries at a time.
+
+Only blocks of keys that a tile may see are fetched, and nothing of the size tokens x
+context is ever made. Where the keys come from is the caller's: pages or a buffer.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from ._online_softmax import normalise, partial_softmax
+
+
+# Queries of a tile and keys of a block. A block of 8 heads of 128 floats is 1 MiB, and the
+# logits of a tile with 4 queries a kv head 2 MiB.
+QUERY_TILE = 64
+KEY_BLOCK = 256
+
+Fetch = Callable[
+    [Int32[Array, ""], Int32[Array, ""]],
+    tuple[
+        Float[Array, "num_kv_heads block head_dim"],
+        Float[Array, "num_kv_heads block head_dim"],
+    ],
+]
+
+
+Results = tuple[
+    Float[Array, "num_queries num_heads head_dim"],
+    Float[Array, "num_queries num_heads"],
+    Float[Array, "num_queries num_heads"],
+]
+
+
+def split_rows(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    kv_lens: Int32[Array, " num_seqs"],
+    cu_q_lens: Int32[Array, " num_seqs_plus_one"],
+    num_seqs: Int32[Array, ""],
+    *,
+    decode: Callable[[Array, Array], Results],
+    prefill: Callable[[Array, Array], Results],
+) -> Results:
+    """Sends rows of one token to `decode` and longer ones to `prefill`.
+
+    Neither pays for the other: `decode(queries, kv_lens)` has length 0 for the longer
+    rows, `prefill(q_starts, q_lens)` has length 0 for the rows of one token.
+    """
+    rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    q_starts = cu_q_lens[:-1]
+    q_lens = jnp.where(rows < num_seqs, cu_q_lens[1:] - q_starts, 0)
+    in_decode = q_lens == 1
+    token = jnp.where(in_decode, q_starts, q.shape[0])
+    prefilled = prefill(q_starts, jnp.where(in_decode, 0, q_lens))
+    decoded = decode(q.at[token].get(mode="clip"), jnp.where(in_decode, kv_lens, 0))
+    return tuple(
+        whole.at[token].set(part, mode="drop")
+        for whole, part in zip(prefilled, decoded, strict=True)
+    )
+
+
+def blocked_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    fetch: Fetch,
+    q_starts: Int32[Array, " num_seqs"],
+    q_lens: Int32[Array, " num_seqs"],
+    kv_starts: Int32[Array, " num_seqs"],
+    kv_lens: Int32[Array, " num_seqs"],
+    *,
+    num_kv_heads: int,
+    block: int,
+    sm_scale: float,
+    soft_cap: float | None,
+    sliding_window: int | None,
+    sinks: Float[Array, " num_heads"] | None,
+    k_scale: Float[Array, " num_kv_heads"] | None,
+    v_scale: Float[Array, " num_kv_heads"] | None,
+    mask_value: float,
+) -> Results:
+    """Attends from rows of `q_lens` tokens at `q_starts`; the other tokens get 0.
+
+    `fetch(row, j)` gives the keys and values of positions `[j * block, (j + 1) * block)` of
+    a row, unscaled, as float32. What it gives past `kv_lens` may be anything.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    group = num_heads // num_kv_heads
+    tile = min(QUERY_TILE, num_tokens)
+    heads = (num_kv_heads, group)
+    # Queries as [num_kv_heads, group, tokens, head_dim], so that a tile is one slice and
+    # a kv head's queries are the rows of one product. The padding is what the last tile
+    # may reach past the end.
+    queries = jnp.pad(q.astype(jnp.float32), ((0, tile), (0, 0), (0, 0)))
+    queries = queries.reshape(num_tokens + tile, *heads, head_dim).transpose(1, 2, 0, 3)
+    queries = queries * sm_scale
+    if k_scale is not None:  # the keys' factor as well, and there are fewer queries
+        queries = queries * k_scale[:, None, None, None]
+    ends = jnp.cumsum(-(-q_lens // tile))
+
+    def attend_tile(item, row):
+        offset = (item - ends[row]) * tile + -(-q_lens[row] // tile) * tile
+        here = kv_lens[row] - q_lens[row] + offset + jnp.arange(tile, dtype=jnp.int32)
+        seen_from = kv_starts[row]
+        if sliding_window is not None:
+            seen_from = jnp.maximum(seen_from, here[0] - sliding_window + 1)
+        seen_to = jnp.minimum(here[-1] + 1, kv_lens[row])
+        start = q_starts[row] + offset
+        q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile, axis=2)
+
+        def add_block(carry):
+            j, m, l, acc = carry
+            k, v = fetch(row, j)
+            position = (j * block + jnp.arange(block, dtype=jnp.int32))[None]
+            keep = (position <= here[:, None]) & (position >= kv_starts[row])
+            if sliding_window is not None:
+                keep &= position > here[:, None] - sliding_window
+            logits = jnp.einsum("kgqd,ksd->kgqs", q_tile, k)
+            if soft_cap is not None:
+                logits = soft_cap * jnp.tanh(logits / soft_cap)
+            p, block_m, block_l = partial_softmax(logits, keep[None, None], mask_value)
+            v = jnp.where((position < kv_lens[row])[..., None], v, 0.0)  # 0 * NaN is not 0
+            block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
+            new_m = jnp.maximum(m, block_m)
+            old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
+            acc = acc * old[..., None] + block_acc * new[..., None]
+            return j + 1, new_m, l * old + block_l * new, acc
+
+        _, m, l, acc = jax.lax.while_loop(
+            lambda carry: carry[0] * block < seen_to,
+            add_block,
+            (
+                seen_from // block,
+                jnp.full((*heads, tile), mask_value, jnp.float32),
+                jnp.zeros((*heads, tile), jnp.float32),
+                jnp.zeros((*heads, tile, head_dim), jnp.float32),
+            ),
+        )
+        exists = offset + jnp.arange(tile, dtype=jnp.int32) < q_lens[row]
+        return start, exists, m, l, acc
+
+    def work_off_a_tile(carry):
+        item, m, l, acc = carry
+        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)
+        start, exists, tile_m, tile_l, tile_acc = attend_tile(item, row)
+        return (
+            item + 1,
+            _put(m, tile_m, exists[None, None], start),
+            _put(l, tile_l, exists[None, None], start),
+            _put(acc, tile_acc, exists[None, None, :, None], start),
+        )
+
+    padded = (*heads, num_tokens + tile)
+    _, m, l, acc = jax.lax.while_loop(
+        lambda carry: carry[0] < ends[-1],
+        work_off_a_tile,
+        (
+            jnp.int32(0),
+            jnp.full(padded, mask_value, jnp.float32),
+            jnp.zeros(padded, jnp.float32),
+            jnp.zeros((*padded, head_dim), jnp.float32),
+        ),
+    )
+    sinks = None if sinks is None else sinks.reshape(*heads, 1)
+    out = normalise(acc, m, l, sinks)
+    if v_scale is not None:
+        out = out * v_scale[:, None, None, None]
+    out, m, l = (_per_token(x, num_tokens, num_heads) for x in (out, m, l))
+    return out.astype(q.dtype), m, l
+
+
+def _put(whole, part, exists, start):
+    # A tile may reach into the next row's tokens, which stay as they are.
+    size = part.shape[2]
+    old = jax.lax.dynamic_slice_in_dim(whole, start, size, axis=2)
+    new = jnp.where(exists, part, old)
+    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, axis=2)
+
+
+def _per_token(x, num_tokens, num_heads):
+    # [num_kv_heads, group, padded tokens, ...] -> [num_tokens, num_heads, ...]
+    x = jnp.moveaxis(x[:, :, :num_tokens], 2, 0)
+    return x.reshape(num_tokens, num_heads, *x.shape[3:])

@@ -1,0 +1,72 @@
+"""How the tokens of a page lie in memory.
+
+Plain     [num_pages, num_kv_heads, page_size, head_dim]
+Rows      [num_pages, num_kv_heads, page_size / n, 128] with n = 128 / head_dim: the same
+          numbers in the same order, n consecutive tokens side by side in a row.
+
+A TPU tile is 128 lanes wide, so a smaller `head_dim` stored plainly would be copied whole
+at every kernel call. Rows cost nothing on a CPU or GPU: they are a reshape.
+
+bfloat16 may be stored as its bits in uint16. XLA's CPU compiler before jax 0.11 turns a
+bfloat16 scatter or gather into a float32 copy of the whole array, but leaves integers alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Real
+
+
+LANES = 128
+
+
+def storage_shape(
+    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int
+) -> tuple[int, int, int, int]:
+    """The stored shape of a layer's keys or values."""
+    tokens_per_row = LANES // head_dim if LANES % head_dim == 0 else 1
+    if page_size % tokens_per_row != 0:
+        tokens_per_row = 1
+    rows = page_size // tokens_per_row
+    return (num_pages, num_kv_heads, rows, head_dim * tokens_per_row)
+
+
+def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The stored dtype of a cache that holds `dtype`, on the default backend."""
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.uint16)
+    return jnp.dtype(dtype)
+
+
+def value_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of the values held in an array stored as `dtype`."""
+    return jnp.dtype(jnp.bfloat16 if dtype == jnp.uint16 else dtype)
+
+
+def page_size_of(
+    pages: Real[Array, "num_pages num_kv_heads rows lanes"], head_dim: int
+) -> int:
+    """The number of tokens of a page, in either form."""
+    return pages.shape[2] * pages.shape[3] // head_dim
+
+
+def unpack(
+    pages: Real[Array, "*pages rows lanes"], head_dim: int
+) -> Real[Array, "*pages page_size head_dim"]:
+    """Stored pages as values, one token a row."""
+    return values_of(pages).reshape(*pages.shape[:-2], -1, head_dim)
+
+
+def values_of(stored: Real[Array, "*shape"]) -> Real[Array, "*shape"]:
+    """The numbers that an array stores."""
+    if stored.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+    return stored
+
+
+def pack(values: Float[Array, "*shape"], dtype: DTypeLike) -> Real[Array, "*shape"]:
+    """Values in the form in which an array of `dtype` stores them."""
+    values = values.astype(value_dtype(dtype))
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(values, jnp.uint16)
+    return values

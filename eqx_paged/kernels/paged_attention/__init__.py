@@ -1,0 +1,1 @@
+from .api import paged_attention as paged_attention

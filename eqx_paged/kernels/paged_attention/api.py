@@ -1,0 +1,152 @@
+"""Paged decode attention: the public function."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int32, Real
+
+from ..._types import Implementation, Scale
+from .. import _arguments as arguments
+from .._choose import check_implementation, choose
+from .._gradient import with_gradient_of
+from .._online_softmax import DEFAULT_MASK_VALUE
+from . import reference, xla
+
+
+def paged_attention(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k_pages: Real[Array, "num_pages num_kv_heads rows lanes"],
+    v_pages: Real[Array, "num_pages num_kv_heads rows lanes"],
+    kv_lens: Int32[Array, " num_seqs"],
+    page_indices: Int32[Array, "num_seqs pages_per_seq"],
+    *,
+    sm_scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    return_residuals: bool = False,
+    implementation: Implementation | None = None,
+) -> (
+    Float[Array, "num_seqs num_heads head_dim"]
+    | tuple[
+        Float[Array, "num_seqs num_heads head_dim"],
+        Float[Array, "num_seqs num_heads"],
+        Float[Array, "num_seqs num_heads"],
+    ]
+):
+    """Attention of one query a row to the row's keys and values, which lie in pages.
+
+    This is a decode step. The time goes with the sum of `kv_lens`, not with the size of
+    the table. Differentiable in `q`, `k_pages`, `v_pages`, `sinks` and the scales (reverse
+    mode; the gradient gathers the whole table, so it takes memory as a dense cache does).
+
+    **Arguments:**
+
+    - `q`: one query a row and head.
+    - `k_pages`, `v_pages`: the stored keys and values, `[num_pages, num_kv_heads,
+        page_size, head_dim]`; or, where `head_dim` divides 128, the same numbers in rows
+        of 128, `[num_pages, num_kv_heads, page_size * head_dim / 128, 128]`. uint16 is
+        read as the bits of bfloat16. `num_heads` must be a multiple of `num_kv_heads`;
+        query heads `i * group` to `(i + 1) * group - 1` share kv head `i`.
+    - `kv_lens`: how many tokens each row holds, the query's own included. A row of length
+        0 gives 0.
+    - `page_indices`: the pages of each row in order. Entries past a row's length are never
+        followed.
+    - `sm_scale`: the factor on `q . k`; `head_dim ** -0.5` if None.
+    - `soft_cap`: if given, logits become `soft_cap * tanh(logits / soft_cap)`.
+    - `sliding_window`: if given, only the last that many tokens are seen. Pages wholly
+        outside are not read.
+    - `sinks`: if given, a logit a head that joins the denominator only.
+    - `k_scale`, `v_scale`: factors that make the stored numbers keys and values: a scalar
+        or one a kv head.
+    - `mask_value`: what stands for minus infinity, as the largest logit of a row without
+        keys.
+    - `return_residuals`: whether to return `(out, m, l)`, for
+        [`eqx_paged.merge_residuals`][]. Not together with `sinks`.
+    - `implementation`: `"xla"`, or None to let the platform decide.
+
+    **Returns:**
+
+    The output, in q's dtype. With `return_residuals` also `m`, the largest logit, and `l`,
+    the softmax denominator relative to it, both float32.
+
+    **Raises:**
+
+    `ValueError` for shapes, dtypes and options that do not fit together;
+    `NotImplementedError`, when the program is lowered, for an implementation that cannot
+    run.
+
+    !!! info
+
+        Paged attention is described in Kwon et al., "Efficient Memory Management for
+        Large Language Model Serving with PagedAttention", 2023.
+    """
+    check_arguments(q, k_pages, v_pages, kv_lens, page_indices)
+    arguments.check_equal("num_seqs of q", q.shape[0], "of kv_lens", kv_lens.shape[0])
+    arguments.check_options(
+        num_heads=q.shape[1],
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        mask_value=mask_value,
+        return_residuals=return_residuals,
+    )
+    check_implementation(implementation)
+    operands = dict(
+        q=q,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        kv_lens=kv_lens,
+        page_indices=page_indices,
+        sinks=sinks,
+        k_scale=arguments.scale_per_head("k_scale", k_scale, k_pages.shape[1]),
+        v_scale=arguments.scale_per_head("v_scale", v_scale, k_pages.shape[1]),
+    )
+    out, m, l = _traced_once(
+        operands,
+        sm_scale=arguments.sm_scale_or_default(sm_scale, q.shape[2]),
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        mask_value=mask_value,
+        implementation=implementation,
+    )
+    return (out, m, l) if return_residuals else out
+
+
+def check_arguments(
+    q: Array, k_pages: Array, v_pages: Array, kv_lens: Array, page_indices: Array
+) -> None:
+    """What holds for every attention over pages."""
+    arguments.check_rank("q", q, 3)
+    arguments.check_pages(k_pages, v_pages, q.shape[2])
+    arguments.check_heads(q.shape[1], k_pages.shape[1])
+    arguments.check_rank("kv_lens", kv_lens, 1)
+    arguments.check_rank("page_indices", page_indices, 2)
+    arguments.check_indices(kv_lens=kv_lens, page_indices=page_indices)
+    arguments.check_equal(
+        "num_seqs of kv_lens", kv_lens.shape[0], "of page_indices", page_indices.shape[0]
+    )
+
+
+# Behind one `jit`, so that a model of equal layers traces it once.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "sm_scale",
+        "soft_cap",
+        "sliding_window",
+        "mask_value",
+        "implementation",
+    ),
+)
+def _traced_once(operands, *, implementation, **options):
+    kernel = with_gradient_of(
+        lambda operands: reference.paged_attention(
+            **operands, **options, return_residuals=True
+        ),
+        lambda operands: xla.paged_attention(**operands, **options),
+    )
+    return choose("paged_attention", implementation, {"xla": kernel})(operands)

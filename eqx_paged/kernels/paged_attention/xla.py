@@ -1,0 +1,102 @@
+"""Paged decode attention in plain XLA.
+
+The pages in use form a worklist, row after row, which a loop works off a tile of pages
+at a time: its cost follows the sum of the lengths, not the capacity. The pages of a tile
+and the kv heads are the batch axes of two matrix products; each page yields a partial
+softmax, merged into its row's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Real
+
+from .._online_softmax import normalise, partial_softmax
+from .._pages import page_size_of, unpack
+
+
+# Tokens of a tile: enough to keep two cores busy in one product, and few enough that a
+# tile of keys and values stays in the second-level cache.
+TILE_TOKENS = 512
+
+
+def paged_attention(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k_pages: Real[Array, "num_pages num_kv_heads rows lanes"],
+    v_pages: Real[Array, "num_pages num_kv_heads rows lanes"],
+    kv_lens: Int32[Array, " num_seqs"],
+    page_indices: Int32[Array, "num_seqs pages_per_seq"],
+    *,
+    sm_scale: float,
+    soft_cap: float | None,
+    sliding_window: int | None,
+    sinks: Float[Array, " num_heads"] | None,
+    k_scale: Float[Array, " num_kv_heads"] | None,
+    v_scale: Float[Array, " num_kv_heads"] | None,
+    mask_value: float,
+) -> tuple[
+    Float[Array, "num_seqs num_heads head_dim"],
+    Float[Array, "num_seqs num_heads"],
+    Float[Array, "num_seqs num_heads"],
+]:
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = k_pages.shape[1], page_size_of(k_pages, head_dim)
+    group = num_heads // num_kv_heads
+    first = jnp.zeros_like(kv_lens)
+    if sliding_window is not None:
+        first = jnp.maximum(kv_lens - sliding_window, 0)
+    first_page = first // page_size
+    ends = jnp.cumsum(-(-kv_lens // page_size) - first_page)
+    offsets = jnp.arange(page_size, dtype=jnp.int32)
+    pages_per_tile = max(1, min(TILE_TOKENS // page_size, page_indices.size))
+    queries = q.astype(jnp.float32).reshape(num_seqs, num_kv_heads, group, head_dim)
+    queries = queries * sm_scale
+    if k_scale is not None:  # the keys' factor as well, and there are fewer queries
+        queries = queries * k_scale[None, :, None, None]
+
+    def work_off_a_tile(carry):
+        done, m, l, acc = carry
+        item = done + jnp.arange(pages_per_tile, dtype=jnp.int32)
+        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)
+        exists = row < num_seqs
+        row = jnp.minimum(row, num_seqs - 1)
+        # Counted back from the row's last page, which is where the worklist of a row ends.
+        page = -(-kv_lens[row] // page_size) - (ends[row] - item)
+        page = jnp.where(exists, page, 0)
+        index = jnp.where(exists, page_indices[row, page], 0)
+        position = page[:, None] * page_size + offsets[None]
+        keep = (position < kv_lens[row][:, None]) & (position >= first[row][:, None])
+        keep &= exists[:, None]
+
+        k = unpack(k_pages[index], head_dim).astype(jnp.float32)
+        logits = jnp.einsum("nkgd,nksd->nkgs", queries[row], k)
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        p, page_m, page_l = partial_softmax(logits, keep[:, None, None], mask_value)
+        v = unpack(v_pages[index], head_dim).astype(jnp.float32)
+        v = jnp.where(keep[:, None, :, None], v, 0.0)  # 0 * NaN is not 0
+        page_acc = jnp.einsum("nkgs,nksd->nkgd", p, v)
+
+        new_m = m.at[row].max(page_m)
+        old, new = jnp.exp(m - new_m), jnp.exp(page_m - new_m[row])
+        l = (l * old).at[row].add(page_l * new)
+        acc = (acc * old[..., None]).at[row].add(page_acc * new[..., None])
+        return done + pages_per_tile, new_m, l, acc
+
+    per_query = (num_seqs, num_kv_heads, group)
+    _, m, l, acc = jax.lax.while_loop(
+        lambda carry: carry[0] < ends[-1],
+        work_off_a_tile,
+        (
+            jnp.int32(0),
+            jnp.full(per_query, mask_value, jnp.float32),
+            jnp.zeros(per_query, jnp.float32),
+            jnp.zeros((*per_query, head_dim), jnp.float32),
+        ),
+    )
+    sinks = None if sinks is None else sinks.reshape(1, num_kv_heads, group)
+    out = normalise(acc, m, l, sinks)
+    if v_scale is not None:
+        out = out * v_scale[None, :, None, None]
+    per_head = (num_seqs, num_heads)
+    return out.reshape(q.shape).astype(q.dtype), m.reshape(per_head), l.reshape(per_head)
+

@@ -1,0 +1,85 @@
+"""The definition of ragged attention over contiguous keys and values."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Real
+
+from ..._types import Scale
+from .._arguments import scale_per_head, sm_scale_or_default
+from .._definition import attend
+from .._online_softmax import DEFAULT_MASK_VALUE
+
+
+def ragged_gqa(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    v: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    lengths: Int32[Array, " num_seqs"],
+    starts: Int32[Array, " num_seqs"],
+    *,
+    sm_scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+) -> tuple[
+    Float[Array, "num_seqs num_heads head_dim"],
+    Float[Array, "num_seqs num_heads"],
+    Float[Array, "num_seqs num_heads"],
+]:
+    """As [`eqx_paged.ragged_gqa`][], over the whole buffer."""
+    num_kv_heads = k.shape[2]
+    position = jnp.arange(k.shape[1])
+
+    def one_row(q, k, v, length, start):
+        keep = (position >= start) & (position < length)
+        if sliding_window is not None:
+            keep &= position >= length - sliding_window
+        return attend(
+            q,
+            k,
+            v,
+            keep,
+            sm_scale=sm_scale_or_default(sm_scale, q.shape[1]),
+            soft_cap=soft_cap,
+            sinks=sinks,
+            k_scale=scale_per_head("k_scale", k_scale, num_kv_heads),
+            v_scale=scale_per_head("v_scale", v_scale, num_kv_heads),
+            mask_value=mask_value,
+        )
+
+    return jax.vmap(one_row)(q, k, v, lengths, starts)
+
+
+def ragged_mha(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k: Real[Array, "num_seqs max_len num_heads head_dim"],
+    v: Real[Array, "num_seqs max_len num_heads head_dim"],
+    lengths: Int32[Array, " num_seqs"],
+    starts: Int32[Array, " num_seqs"],
+    **options: object,
+) -> tuple[
+    Float[Array, "num_seqs num_heads head_dim"],
+    Float[Array, "num_seqs num_heads"],
+    Float[Array, "num_seqs num_heads"],
+]:
+    """[`eqx_paged.reference.ragged_gqa`][] with as many kv heads as heads."""
+    return ragged_gqa(q, k, v, lengths, starts, **options)
+
+
+def ragged_mqa(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k: Real[Array, "num_seqs max_len head_dim"],
+    v: Real[Array, "num_seqs max_len head_dim"],
+    lengths: Int32[Array, " num_seqs"],
+    starts: Int32[Array, " num_seqs"],
+    **options: object,
+) -> tuple[
+    Float[Array, "num_seqs num_heads head_dim"],
+    Float[Array, "num_seqs num_heads"],
+    Float[Array, "num_seqs num_heads"],
+]:
+    """[`eqx_paged.reference.ragged_gqa`][] with one kv head, which has no axis."""
+    return ragged_gqa(q, k[:, :, None], v[:, :, None], lengths, starts, **options)

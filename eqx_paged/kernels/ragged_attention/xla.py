@@ -1,0 +1,129 @@
+"""Ragged attention over contiguous keys and values in plain XLA.
+
+Rows advance in step, a block of positions at a time, from the first block that any row
+needs to the last: the cost follows the longest window, not the buffer.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Real
+
+from .._blocked import KEY_BLOCK, Results, blocked_attention, split_rows
+from .._online_softmax import normalise, partial_softmax
+from .._pages import values_of
+
+
+def ragged_gqa(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    v: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    lengths: Int32[Array, " num_seqs"],
+    starts: Int32[Array, " num_seqs"],
+    *,
+    sm_scale: float,
+    soft_cap: float | None,
+    sliding_window: int | None,
+    sinks: Float[Array, " num_heads"] | None,
+    k_scale: Float[Array, " num_kv_heads"] | None,
+    v_scale: Float[Array, " num_kv_heads"] | None,
+    mask_value: float,
+    block_size: int,
+) -> Results:
+    num_seqs, num_heads, head_dim = q.shape
+    max_len, num_kv_heads = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    block = min(block_size, max_len)
+    if sliding_window is not None:
+        starts = jnp.maximum(starts, lengths - sliding_window)
+    queries = q.astype(jnp.float32).reshape(num_seqs, num_kv_heads, group, head_dim)
+    queries = queries * sm_scale
+    if k_scale is not None:  # the keys' factor as well, and there are fewer queries
+        queries = queries * k_scale[None, :, None, None]
+
+    def add_block(carry):
+        j, m, l, acc = carry
+        # The last block is moved back to end with the buffer; what it sees again is hidden.
+        at = jnp.minimum(j * block, max_len - block)
+        position = (at + jnp.arange(block, dtype=jnp.int32))[None]
+        keep = (position >= starts[:, None]) & (position < lengths[:, None])
+        keep &= position >= j * block
+        block_k, block_v = (
+            values_of(jax.lax.dynamic_slice_in_dim(x, at, block, axis=1))
+            for x in (k, v)
+        )
+        block_k, block_v = block_k.astype(jnp.float32), block_v.astype(jnp.float32)
+        block_v = jnp.where(keep[:, :, None, None], block_v, 0.0)  # 0 * NaN is not 0
+        logits = jnp.einsum("bkgd,bskd->bkgs", queries, block_k)
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        p, block_m, block_l = partial_softmax(logits, keep[:, None, None], mask_value)
+        new_m = jnp.maximum(m, block_m)
+        old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
+        block_acc = jnp.einsum("bkgs,bskd->bkgd", p, block_v)
+        acc = acc * old[..., None] + block_acc * new[..., None]
+        return j + 1, new_m, l * old + block_l * new, acc
+
+    per_query = (num_seqs, num_kv_heads, group)
+    in_use = lengths > starts
+    first = jnp.min(jnp.where(in_use, starts, max_len), initial=max_len)
+    last = jnp.minimum(jnp.max(jnp.where(in_use, lengths, 0), initial=0), max_len)
+    _, m, l, acc = jax.lax.while_loop(
+        lambda carry: carry[0] * block < last,
+        add_block,
+        (
+            first // block,
+            jnp.full(per_query, mask_value, jnp.float32),
+            jnp.zeros(per_query, jnp.float32),
+            jnp.zeros((*per_query, head_dim), jnp.float32),
+        ),
+    )
+    sinks = None if sinks is None else sinks.reshape(1, num_kv_heads, group)
+    out = normalise(acc, m, l, sinks)
+    if v_scale is not None:
+        out = out * v_scale[None, :, None, None]
+    per_head = (num_seqs, num_heads)
+    return out.reshape(q.shape).astype(q.dtype), m.reshape(per_head), l.reshape(per_head)
+
+
+def ragged_chunk_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    k: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    v: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    lengths: Int32[Array, " num_seqs"],
+    starts: Int32[Array, " num_seqs"],
+    cu_q_lens: Int32[Array, " num_seqs_plus_one"],
+    num_seqs: Int32[Array, ""],
+    **options: float | int | Array | None,
+) -> Results:
+    """Packed rows of queries, as in `ragged_paged_attention`."""
+    block = min(KEY_BLOCK, k.shape[1])
+
+    def fetch(row, j):
+        # Positions past the buffer repeat its last one, and are hidden by its length.
+        position = j * block + jnp.arange(block, dtype=jnp.int32)
+        return tuple(
+            jnp.swapaxes(
+                values_of(x.at[row, position].get(mode="clip")).astype(jnp.float32), 0, 1
+            )
+            for x in (k, v)
+        )
+
+    def decode(queries, lengths):
+        return ragged_gqa(
+            queries, k, v, lengths, starts, block_size=KEY_BLOCK, **options
+        )
+
+    def prefill(q_starts, q_lens):
+        return blocked_attention(
+            q,
+            fetch,
+            q_starts,
+            q_lens,
+            starts,
+            lengths,
+            num_kv_heads=k.shape[2],
+            block=block,
+            **options,
+        )
+
+    return split_rows(q, lengths, cu_q_lens, num_seqs, decode=decode, prefill=prefill)

@@ -1,0 +1,1 @@
+from .api import ragged_paged_attention as ragged_paged_attention

@@ -1,0 +1,1 @@
+from .api import write_kv as write_kv
