@@ -1,6 +1,7 @@
 """Attention layers that read and extend a cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -56,10 +57,11 @@ class PagedAttention(eqx.Module):
         options = _options_of(self)
         where = (pages.k_pages, pages.v_pages, batch.kv_lens, batch.page_indices)
         if batch.kind == "decode":
-            return paged_attention(q, *where, **options), pages
-        out = ragged_paged_attention(
-            q, *where, batch.cu_q_lens, batch.num_seqs, **options
-        )
+            out = paged_attention(q, *where, **options)
+        else:
+            rows = (batch.cu_q_lens, batch.num_seqs)
+            out = ragged_paged_attention(q, *where, *rows, **options)
+        assert isinstance(out, jax.Array)  # and not residuals
         return out, pages
 
 
@@ -102,9 +104,7 @@ class RaggedAttention(eqx.Module):
         where = (kv.k, kv.v, batch.kv_lens, batch.starts)
         if batch.kind == "decode":
             return ragged_gqa(q, *where, **options)[0], kv
-        out = ragged_chunk_attention(
-            q, *where, batch.cu_q_lens, batch.num_seqs, **options
-        )
+        out = ragged_chunk_attention(q, *where, batch.cu_q_lens, batch.num_seqs, **options)
         return out, kv
 
 
@@ -222,7 +222,7 @@ class PagedMultiheadAttention(eqx.Module):
         return jnp.pad(heads, ((0, 0), (0, 0), (0, self.head_dim - heads.shape[2])))
 
 
-def _options_of(attention):
+def _options_of(attention: PagedAttention | RaggedAttention) -> dict[str, Any]:
     return dict(
         sm_scale=attention.sm_scale,
         soft_cap=attention.soft_cap,

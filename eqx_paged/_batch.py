@@ -11,8 +11,8 @@ class RaggedBatch(eqx.Module):
     """The addresses of one step, computed once and shared by all layers.
 
     Of kind `"decode"`: one token a row, token `i` of row `i`. Of kind `"mixed"`: any number
-    of tokens a row, packed row after row. A row without tokens in this step is idle. What is
-    past the last token is padding: position 0, and a slot past the end, which drops it.
+    of tokens a row, packed row after row. A row without tokens in this step is idle. What
+    is past the last token is padding: position 0, and a slot past the end, which drops it.
 
     - `page_indices`: the pages of each row.
     - `kv_lens`: tokens a row holds, this step's included; 0 for an idle row.

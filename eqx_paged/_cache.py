@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int32
 from . import _saved_rows as saved_rows
 from ._batch import RaggedBatch
 from ._kv_pages import KVPages
-from ._page_table import PageCopies, PageTable, check_page_size, check_positive
+from ._page_table import check_page_size, check_positive, PageCopies, PageTable
 from ._results import RESULTS
 
 
@@ -183,8 +183,8 @@ class PagedKVCache(eqx.Module):
 
         **Arguments:**
 
-        - `path`: a file written by `save`, of a cache with the same layers, heads, head_dim,
-            dtype and page size. The pools may differ in size.
+        - `path`: a file written by `save`, of a cache with the same layers, heads,
+            head_dim, dtype and page size. The pools may differ in size.
         - `rows`: an empty row for each saved one.
 
         **Returns:**

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
@@ -18,7 +19,8 @@ from ._results import RESULTS
 
 Cache = PagedKVCache | RaggedKVCache
 Sampler = Callable[
-    [Float[Array, "num_seqs vocab_size"], PRNGKeyArray | None], Int32[Array, " num_seqs"]
+    [Float[Array, "num_seqs vocab_size"], PRNGKeyArray | None],
+    Int32[Array, " num_seqs"],
 ]
 
 
@@ -251,7 +253,9 @@ def _run(
         result=_result_of_prompts(cache, max_prompt_len, prompt_lens),
     )
     rows = jax.lax.while_loop(
-        lambda rows: _is_well(rows) & jnp.any(rows.num_read < prompt_lens), prefill, rows
+        lambda rows: _is_well(rows) & jnp.any(rows.num_read < prompt_lens),
+        prefill,
+        rows,
     )
     rows = jax.lax.while_loop(
         lambda rows: _is_well(rows) & jnp.any(rows.running), decode, rows
@@ -294,8 +298,8 @@ def _check_prompts_fit(cache, max_prompt_len, prompt_lens):
             )
         if old + new > cache.max_len:
             raise ValueError(
-                f"Prompt {row} has {new} tokens and row {row} of the cache holds {old}, but "
-                f"a row has room for {cache.max_len}."
+                f"Prompt {row} has {new} tokens and row {row} of the cache holds {old}, "
+                f"but a row has room for {cache.max_len}."
             )
     if isinstance(cache, PagedKVCache):
         size = cache.page_size
@@ -303,5 +307,6 @@ def _check_prompts_fit(cache, max_prompt_len, prompt_lens):
         num_free = int(cache.table.num_free_pages)
         if needed > num_free:
             raise ValueError(
-                f"The prompts need {needed} pages of {size} tokens, but {num_free} are free."
+                f"The prompts need {needed} pages of {size} tokens, but {num_free} are "
+                "free."
             )

@@ -10,7 +10,10 @@ from ._results import RESULTS
 
 
 class PageCopies(eqx.Module):
-    """Pages to be copied before the next write: the first `num_copies` of `src` to `dst`."""
+    """Pages to be copied before the next write: the first `num_copies` of `src` to `dst`.
+
+    Past those, `dst` is past the last page.
+    """
 
     src: Int32[Array, " num_seqs"]
     dst: Int32[Array, " num_seqs"]
@@ -57,9 +60,7 @@ class PageTable(eqx.Module):
         an int32 can tell apart.
         """
         check_page_size(page_size)
-        check_positive(
-            num_pages=num_pages, num_seqs=num_seqs, pages_per_seq=pages_per_seq
-        )
+        check_positive(num_pages=num_pages, num_seqs=num_seqs, pages_per_seq=pages_per_seq)
         # One value is kept for "past the end".
         if max(num_pages, pages_per_seq) * page_size >= 2**31 - 1:
             raise ValueError(
@@ -95,9 +96,7 @@ class PageTable(eqx.Module):
         """The most tokens of one row."""
         return self.pages_per_seq * self.page_size
 
-    def append(
-        self, q_lens: Int32[Array, " num_seqs"]
-    ) -> tuple["PageTable", RESULTS]:
+    def append(self, q_lens: Int32[Array, " num_seqs"]) -> tuple["PageTable", RESULTS]:
         """Makes room for more tokens. All rows are served, or none.
 
         A row that is about to write into a page that it shares gets a page of its own in
@@ -123,7 +122,7 @@ class PageTable(eqx.Module):
         max_q_len: int | None = None,
         num_tokens: int | None = None,
     ) -> tuple["PageTable", PageCopies, RESULTS]:
-        """As `append`, and tells which pages must be copied before the new tokens are stored.
+        """As `append`, and tells which pages must be copied before tokens are stored.
 
         **Arguments:**
 
@@ -171,7 +170,8 @@ class PageTable(eqx.Module):
             ),
             num_free_pages=self.num_free_pages - jnp.sum(num_new, dtype=jnp.int32),
         )
-        return table, _pack_copies(copying, tail, pages[:, 0]), result
+        copies = _pack_copies(copying, tail, pages[:, 0], self.num_pages)
+        return table, copies, result
 
     def fork(
         self,
@@ -244,9 +244,9 @@ class PageTable(eqx.Module):
             page_indices=jnp.where(kept, self.page_indices, 0),
             kv_lens=kv_lens,
             ref_counts=ref_counts,
-            free_pages=self.free_pages.at[
-                jnp.where(freed, top - 1, self.num_pages)
-            ].set(jnp.arange(self.num_pages, dtype=jnp.int32), mode="drop"),
+            free_pages=self.free_pages.at[jnp.where(freed, top - 1, self.num_pages)].set(
+                jnp.arange(self.num_pages, dtype=jnp.int32), mode="drop"
+            ),
             num_free_pages=top[-1],
         )
 
@@ -273,7 +273,7 @@ class PageTable(eqx.Module):
         return min(self.pages_per_seq, 1 + _ceil_div(max_q_len - 1, self.page_size))
 
     def _rows_to_copy(self, q_lens):
-        """Which rows write into a page that is not theirs alone; and each row's last page."""
+        """The rows that write into a page not theirs alone, and each row's last page."""
         column = jnp.maximum(_ceil_div(self.kv_lens, self.page_size) - 1, 0)
         tail = jnp.take_along_axis(self.page_indices, column[:, None], axis=1)[:, 0]
         holders = self.ref_counts[tail]
@@ -343,14 +343,13 @@ def _has_duplicates(x):
     return jnp.any(x[1:] == x[:-1])
 
 
-def _pack_copies(copying, src, dst):
+def _pack_copies(copying, src, dst, past_the_end):
     """Moves the rows that copy to the front."""
     num_seqs = copying.shape[0]
     count = jnp.cumsum(copying, dtype=jnp.int32)
     place = jnp.where(copying, count - 1, num_seqs)
-    empty = jnp.zeros(num_seqs, jnp.int32)
     return PageCopies(
-        src=empty.at[place].set(src, mode="drop"),
-        dst=empty.at[place].set(dst, mode="drop"),
+        src=jnp.zeros(num_seqs, jnp.int32).at[place].set(src, mode="drop"),
+        dst=jnp.full(num_seqs, past_the_end, jnp.int32).at[place].set(dst, mode="drop"),
         num_copies=count[-1],
     )

@@ -11,9 +11,7 @@ class RESULTS(eqx.Enumeration):
     """
 
     successful = ""
-    invalid_argument = (
-        "A row does not exist, or a number of tokens is negative."
-    )
+    invalid_argument = "A row does not exist, or a number of tokens is negative."
     too_many_tokens = (
         "More tokens were given than the step has room for: `num_tokens` in all, or one a "
         "row in a decode step."

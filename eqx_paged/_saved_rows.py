@@ -38,11 +38,10 @@ def write(
     rows: Sequence[int],
 ) -> None:
     """Writes rows, replacing the file only when the new one is complete."""
-    rows = _check_rows(rows, table.num_seqs)
-    kv_lens = np.asarray(table.kv_lens)[rows]
+    kv_lens = np.asarray(table.kv_lens)[_check_rows(rows, table.num_seqs)]
     num_columns = -(-int(kv_lens.max(initial=0)) // table.page_size)
     used = np.arange(num_columns) * table.page_size < kv_lens[:, None]
-    entries = np.asarray(table.page_indices)[rows, :num_columns]
+    entries = np.asarray(table.page_indices)[list(rows), :num_columns]
     pages, numbers = np.unique(entries[used], return_inverse=True)
     page_indices = np.zeros(used.shape, np.int32)
     page_indices[used] = numbers.reshape(-1)
@@ -63,7 +62,7 @@ def read(
     rows: Sequence[int],
 ) -> SavedRows:
     """Reads a file for a cache of these layers, and checks everything about it."""
-    rows = _check_rows(rows, table.num_seqs)
+    num_rows = len(_check_rows(rows, table.num_seqs))
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}
@@ -77,9 +76,9 @@ def read(
         )
     _check_names(path, tensors, len(layers))
     page_indices, kv_lens = tensors["page_indices"], tensors["kv_lens"]
-    if len(rows) != len(kv_lens):
+    if num_rows != len(kv_lens):
         raise ValueError(
-            f"{path} holds {len(kv_lens)} rows, but {len(rows)} rows were given to load "
+            f"{path} holds {len(kv_lens)} rows, but {num_rows} rows were given to load "
             "them into."
         )
     num_pages = _check_table(path, page_indices, kv_lens, table.page_size)
@@ -101,7 +100,7 @@ def place(
     table: PageTable, saved: SavedRows, rows: Sequence[int]
 ) -> tuple[PageTable, np.ndarray, RESULTS]:
     """Finds a page for each saved one. Returns the table, those pages and the result."""
-    rows = np.asarray(rows, np.int32)
+    targets = np.asarray(rows, np.int32)
     num_new = saved.layers[0].num_pages
     num_free = int(table.num_free_pages)
     nothing = np.zeros(0, np.int32)
@@ -109,18 +108,18 @@ def place(
         return table, nothing, RESULTS.sequence_too_long
     if num_new > num_free:
         return table, nothing, RESULTS.out_of_pages
-    if np.any(np.asarray(table.kv_lens)[rows] > 0):
+    if np.any(np.asarray(table.kv_lens)[targets] > 0):
         return table, nothing, RESULTS.row_in_use
 
     pages = np.asarray(table.free_pages)[num_free - num_new : num_free][::-1]
     num_columns = saved.page_indices.shape[1]
     used = np.arange(num_columns) * table.page_size < saved.kv_lens[:, None]
-    entries = np.zeros((len(rows), table.pages_per_seq), np.int32)
+    entries = np.zeros((len(targets), table.pages_per_seq), np.int32)
     entries[:, :num_columns][used] = pages[saved.page_indices[used]]
     counts = np.bincount(saved.page_indices[used], minlength=num_new)
     table = PageTable(
-        page_indices=table.page_indices.at[rows].set(entries),
-        kv_lens=table.kv_lens.at[rows].set(saved.kv_lens),
+        page_indices=table.page_indices.at[targets].set(entries),
+        kv_lens=table.kv_lens.at[targets].set(saved.kv_lens),
         ref_counts=table.ref_counts.at[pages].set(counts.astype(np.int32)),
         free_pages=table.free_pages,
         num_free_pages=jnp.array(num_free - num_new, jnp.int32),
@@ -134,9 +133,7 @@ def _check_rows(rows, num_seqs):
     if len(np.unique(rows)) != len(rows):
         raise ValueError(f"rows must be named once each, but are {rows.tolist()}.")
     if np.any((rows < 0) | (rows >= num_seqs)):
-        raise ValueError(
-            f"rows must be from 0 to {num_seqs - 1}, but are {rows.tolist()}."
-        )
+        raise ValueError(f"rows must be from 0 to {num_seqs - 1}, but are {rows.tolist()}.")
     return rows
 
 

@@ -16,9 +16,7 @@ def check_equal(name_a: str, a: int, name_b: str, b: int) -> None:
 
 def check_rank(name: str, array: Array, rank: int) -> None:
     if array.ndim != rank:
-        raise ValueError(
-            f"{name} must have {rank} axes, but its shape is {array.shape}."
-        )
+        raise ValueError(f"{name} must have {rank} axes, but its shape is {array.shape}.")
 
 
 def check_indices(**arrays: Array) -> None:

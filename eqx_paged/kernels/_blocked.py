@@ -55,10 +55,11 @@ def split_rows(
     token = jnp.where(in_decode, q_starts, q.shape[0])
     prefilled = prefill(q_starts, jnp.where(in_decode, 0, q_lens))
     decoded = decode(q.at[token].get(mode="clip"), jnp.where(in_decode, kv_lens, 0))
-    return tuple(
+    out, m, l = (
         whole.at[token].set(part, mode="drop")
         for whole, part in zip(prefilled, decoded, strict=True)
     )
+    return out, m, l
 
 
 def blocked_attention(
@@ -141,7 +142,7 @@ def blocked_attention(
 
     def work_off_a_tile(carry):
         item, m, l, acc = carry
-        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)
+        row = jnp.sum(item >= ends, dtype=jnp.int32)
         start, exists, tile_m, tile_l, tile_acc = attend_tile(item, row)
         return (
             item + 1,

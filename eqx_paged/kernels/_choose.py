@@ -1,18 +1,18 @@
 """The one place that picks an implementation."""
 
 from collections.abc import Callable, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import jax
+import jax.core
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jaxtyping import PyTree
 
 from .._types import Implementation
 
 
-# Takes the arrays of a call as one mapping, and gives its results.
-Kernel = Callable[[dict[str, PyTree]], tuple[jax.Array, ...]]
+# Takes the arrays of a call as one mapping, and gives a tuple of arrays.
+Kernel = Callable[[dict[str, Any]], Any]
 
 
 def check_implementation(implementation: str | None) -> None:

@@ -51,7 +51,9 @@ def merge_residuals(
     ms: Float[Array, "parts *queries"] | Sequence[Float[Array, "*queries"]],
     ls: Float[Array, "parts *queries"] | Sequence[Float[Array, "*queries"]],
 ) -> tuple[
-    Float[Array, "*queries head_dim"], Float[Array, "*queries"], Float[Array, "*queries"]
+    Float[Array, "*queries head_dim"],
+    Float[Array, "*queries"],
+    Float[Array, "*queries"],
 ]:
     """Combines attention over disjoint sets of keys into attention over their union.
 

@@ -7,8 +7,8 @@ Rows      [num_pages, num_kv_heads, page_size / n, 128] with n = 128 / head_dim:
 A TPU tile is 128 lanes wide, so a smaller `head_dim` stored plainly would be copied whole
 at every kernel call. Rows cost nothing on a CPU or GPU: they are a reshape.
 
-bfloat16 may be stored as its bits in uint16. XLA's CPU compiler before jax 0.11 turns a
-bfloat16 scatter or gather into a float32 copy of the whole array, but leaves integers alone.
+bfloat16 may be stored as its bits in uint16. XLA's CPU compiler of jax 0.10 turns a
+bfloat16 scatter or gather into a float32 copy of the whole, but leaves integers alone.
 """
 
 import jax

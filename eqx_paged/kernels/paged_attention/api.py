@@ -127,7 +127,10 @@ def check_arguments(
     arguments.check_rank("page_indices", page_indices, 2)
     arguments.check_indices(kv_lens=kv_lens, page_indices=page_indices)
     arguments.check_equal(
-        "num_seqs of kv_lens", kv_lens.shape[0], "of page_indices", page_indices.shape[0]
+        "num_seqs of kv_lens",
+        kv_lens.shape[0],
+        "of page_indices",
+        page_indices.shape[0],
     )
 
 

@@ -37,7 +37,9 @@ def paged_attention(
     """As [`eqx_paged.paged_attention`][], slowly: the whole context of each row is
     gathered, whatever its length."""
     num_kv_heads, head_dim = k_pages.shape[1], q.shape[2]
-    position = jnp.arange(page_indices.shape[1] * page_size_of(k_pages, head_dim))
+    position = jnp.arange(
+        page_indices.shape[1] * page_size_of(k_pages, head_dim), dtype=jnp.int32
+    )
 
     def one_row(q, kv_len, indices):
         keep = position < kv_len

@@ -56,7 +56,7 @@ def paged_attention(
     def work_off_a_tile(carry):
         done, m, l, acc = carry
         item = done + jnp.arange(pages_per_tile, dtype=jnp.int32)
-        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)
+        row = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
         exists = row < num_seqs
         row = jnp.minimum(row, num_seqs - 1)
         # Counted back from the row's last page, which is where the worklist of a row ends.
@@ -98,5 +98,8 @@ def paged_attention(
     if v_scale is not None:
         out = out * v_scale[None, :, None, None]
     per_head = (num_seqs, num_heads)
-    return out.reshape(q.shape).astype(q.dtype), m.reshape(per_head), l.reshape(per_head)
-
+    return (
+        out.reshape(q.shape).astype(q.dtype),
+        m.reshape(per_head),
+        l.reshape(per_head),
+    )

@@ -1,6 +1,7 @@
 """Ragged attention over contiguous keys and values: the public functions."""
 
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int32, Real
@@ -62,9 +63,7 @@ def ragged_gqa(
     arguments.check_rank("q", q, 3)
     arguments.check_rank("k", k, 4)
     if k.shape != v.shape:
-        raise ValueError(
-            f"k and v must have one shape, but have {k.shape} and {v.shape}."
-        )
+        raise ValueError(f"k and v must have one shape, but have {k.shape} and {v.shape}.")
     arguments.check_equal("num_seqs of q", q.shape[0], "of k", k.shape[0])
     arguments.check_equal("head_dim of q", q.shape[2], "of k", k.shape[3])
     arguments.check_heads(q.shape[1], k.shape[2])
@@ -110,7 +109,7 @@ def ragged_mha(
     v: Real[Array, "num_seqs max_len num_heads head_dim"],
     lengths: Int32[Array, " num_seqs"],
     starts: Int32[Array, " num_seqs"],
-    **options: float | int | str | Array | None,
+    **options: Any,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -142,7 +141,7 @@ def ragged_mqa(
     v: Real[Array, "num_seqs max_len head_dim"],
     lengths: Int32[Array, " num_seqs"],
     starts: Int32[Array, " num_seqs"],
-    **options: float | int | str | Array | None,
+    **options: Any,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -230,7 +229,5 @@ def ragged_chunk_attention(
 )
 def _chunk_traced_once(operands, *, implementation, **options):
     options |= dict(k_scale=None, v_scale=None, mask_value=DEFAULT_MASK_VALUE)
-    kernels = {
-        "xla": lambda operands: xla.ragged_chunk_attention(**operands, **options)
-    }
+    kernels = {"xla": lambda operands: xla.ragged_chunk_attention(**operands, **options)}
     return choose("ragged_chunk_attention", implementation, kernels)(operands)[0]

@@ -1,5 +1,7 @@
 """The definition of ragged attention over contiguous keys and values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
@@ -31,7 +33,7 @@ def ragged_gqa(
 ]:
     """As [`eqx_paged.ragged_gqa`][], over the whole buffer."""
     num_kv_heads = k.shape[2]
-    position = jnp.arange(k.shape[1])
+    position = jnp.arange(k.shape[1], dtype=jnp.int32)
 
     def one_row(q, k, v, length, start):
         keep = (position >= start) & (position < length)
@@ -59,7 +61,7 @@ def ragged_mha(
     v: Real[Array, "num_seqs max_len num_heads head_dim"],
     lengths: Int32[Array, " num_seqs"],
     starts: Int32[Array, " num_seqs"],
-    **options: object,
+    **options: Any,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -75,7 +77,7 @@ def ragged_mqa(
     v: Real[Array, "num_seqs max_len head_dim"],
     lengths: Int32[Array, " num_seqs"],
     starts: Int32[Array, " num_seqs"],
-    **options: object,
+    **options: Any,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],

@@ -4,11 +4,13 @@ Rows advance in step, a block of positions at a time, from the first block that 
 needs to the last: the cost follows the longest window, not the buffer.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import KEY_BLOCK, Results, blocked_attention, split_rows
+from .._blocked import blocked_attention, KEY_BLOCK, Results, split_rows
 from .._online_softmax import normalise, partial_softmax
 from .._pages import values_of
 
@@ -48,8 +50,7 @@ def ragged_gqa(
         keep = (position >= starts[:, None]) & (position < lengths[:, None])
         keep &= position >= j * block
         block_k, block_v = (
-            values_of(jax.lax.dynamic_slice_in_dim(x, at, block, axis=1))
-            for x in (k, v)
+            values_of(jax.lax.dynamic_slice_in_dim(x, at, block, axis=1)) for x in (k, v)
         )
         block_k, block_v = block_k.astype(jnp.float32), block_v.astype(jnp.float32)
         block_v = jnp.where(keep[:, :, None, None], block_v, 0.0)  # 0 * NaN is not 0
@@ -82,7 +83,11 @@ def ragged_gqa(
     if v_scale is not None:
         out = out * v_scale[None, :, None, None]
     per_head = (num_seqs, num_heads)
-    return out.reshape(q.shape).astype(q.dtype), m.reshape(per_head), l.reshape(per_head)
+    return (
+        out.reshape(q.shape).astype(q.dtype),
+        m.reshape(per_head),
+        l.reshape(per_head),
+    )
 
 
 def ragged_chunk_attention(
@@ -93,7 +98,7 @@ def ragged_chunk_attention(
     starts: Int32[Array, " num_seqs"],
     cu_q_lens: Int32[Array, " num_seqs_plus_one"],
     num_seqs: Int32[Array, ""],
-    **options: float | int | Array | None,
+    **options: Any,
 ) -> Results:
     """Packed rows of queries, as in `ragged_paged_attention`."""
     block = min(KEY_BLOCK, k.shape[1])
@@ -101,17 +106,11 @@ def ragged_chunk_attention(
     def fetch(row, j):
         # Positions past the buffer repeat its last one, and are hidden by its length.
         position = j * block + jnp.arange(block, dtype=jnp.int32)
-        return tuple(
-            jnp.swapaxes(
-                values_of(x.at[row, position].get(mode="clip")).astype(jnp.float32), 0, 1
-            )
-            for x in (k, v)
-        )
+        block_k, block_v = (values_of(x.at[row, position].get(mode="clip")) for x in (k, v))
+        return _by_head(block_k), _by_head(block_v)
 
     def decode(queries, lengths):
-        return ragged_gqa(
-            queries, k, v, lengths, starts, block_size=KEY_BLOCK, **options
-        )
+        return ragged_gqa(queries, k, v, lengths, starts, block_size=KEY_BLOCK, **options)
 
     def prefill(q_starts, q_lens):
         return blocked_attention(
@@ -127,3 +126,8 @@ def ragged_chunk_attention(
         )
 
     return split_rows(q, lengths, cu_q_lens, num_seqs, decode=decode, prefill=prefill)
+
+
+def _by_head(tokens):
+    # [tokens, num_kv_heads, head_dim] -> [num_kv_heads, tokens, head_dim]
+    return jnp.swapaxes(tokens.astype(jnp.float32), 0, 1)

@@ -40,11 +40,13 @@ def ragged_paged_attention(
     """As [`eqx_paged.ragged_paged_attention`][], slowly: the whole context of its row is
     gathered for each token."""
     num_kv_heads, head_dim = k_pages.shape[1], q.shape[2]
-    position = jnp.arange(page_indices.shape[1] * page_size_of(k_pages, head_dim))
-    rows = jnp.arange(kv_lens.shape[0])
+    position = jnp.arange(
+        page_indices.shape[1] * page_size_of(k_pages, head_dim), dtype=jnp.int32
+    )
+    rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
 
     def one_token(q, token):
-        row = jnp.sum((token >= cu_q_lens[1:]) & (rows < num_seqs))
+        row = jnp.sum((token >= cu_q_lens[1:]) & (rows < num_seqs), dtype=jnp.int32)
         exists = row < num_seqs
         row = jnp.minimum(row, rows[-1])
         here = kv_lens[row] - cu_q_lens[row + 1] + token
@@ -64,5 +66,5 @@ def ragged_paged_attention(
             mask_value=mask_value,
         )
 
-    out, m, l = jax.vmap(one_token)(q, jnp.arange(q.shape[0]))
+    out, m, l = jax.vmap(one_token)(q, jnp.arange(q.shape[0], dtype=jnp.int32))
     return (out, m, l) if return_residuals else out

@@ -4,10 +4,12 @@ Rows of one token go through the worklist of pages of a decode step; longer rows
 worked off in tiles of queries.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import KEY_BLOCK, Results, blocked_attention, split_rows
+from .._blocked import blocked_attention, KEY_BLOCK, Results, split_rows
 from .._pages import page_size_of, unpack
 from ..paged_attention.xla import paged_attention
 
@@ -24,14 +26,12 @@ def ragged_paged_attention(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
-    **options: float | int | None,
+    **options: Any,
 ) -> Results:
     options = dict(options, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
 
     def decode(queries, kv_lens):
-        return paged_attention(
-            queries, k_pages, v_pages, kv_lens, page_indices, **options
-        )
+        return paged_attention(queries, k_pages, v_pages, kv_lens, page_indices, **options)
 
     def prefill(q_starts, q_lens):
         return blocked_attention(

@@ -51,13 +51,9 @@ def write_kv(
     arguments.check_rank("k", k, 3)
     arguments.check_rank("slots", slots, 1)
     if k.shape != v.shape:
-        raise ValueError(
-            f"k and v must have one shape, but have {k.shape} and {v.shape}."
-        )
+        raise ValueError(f"k and v must have one shape, but have {k.shape} and {v.shape}.")
     arguments.check_pages(k_pages, v_pages, k.shape[2])
-    arguments.check_equal(
-        "num_kv_heads of k", k.shape[1], "of k_pages", k_pages.shape[1]
-    )
+    arguments.check_equal("num_kv_heads of k", k.shape[1], "of k_pages", k_pages.shape[1])
     arguments.check_equal("num_tokens of k", k.shape[0], "of slots", slots.shape[0])
     arguments.check_indices(slots=slots)
     arguments.check_writable(k_pages=k_pages, v_pages=v_pages)
