@@ -25,6 +25,12 @@ def check_indices(**arrays: Array) -> None:
             raise ValueError(f"{name} must be int32, but is {array.dtype}.")
 
 
+def check_floating(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating-point, but is {array.dtype}.")
+
+
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         raise ValueError(

@@ -72,6 +72,7 @@ def blocked_attention(
     *,
     num_kv_heads: int,
     block: int,
+    align: int,
     sm_scale: float,
     soft_cap: float | None,
     sliding_window: int | None,
@@ -82,8 +83,9 @@ def blocked_attention(
 ) -> Results:
     """Attends from rows of `q_lens` tokens at `q_starts`; the other tokens get 0.
 
-    `fetch(row, j)` gives the keys and values of positions `[j * block, (j + 1) * block)` of
-    a row, unscaled, as float32. What it gives past `kv_lens` may be anything.
+    `fetch(row, start)` gives the keys and values of positions `[start, start + block)` of a
+    row, unscaled, as float32; `start` is a multiple of `align`. What it gives outside
+    `[kv_starts, kv_lens)` may be anything.
     """
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
@@ -110,9 +112,9 @@ def blocked_attention(
         q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile, axis=2)
 
         def add_block(carry):
-            j, m, l, acc = carry
-            k, v = fetch(row, j)
-            position = (j * block + jnp.arange(block, dtype=jnp.int32))[None]
+            at, m, l, acc = carry
+            k, v = fetch(row, at)
+            position = (at + jnp.arange(block, dtype=jnp.int32))[None]
             keep = (position <= here[:, None]) & (position >= kv_starts[row])
             if sliding_window is not None:
                 keep &= position > here[:, None] - sliding_window
@@ -120,18 +122,19 @@ def blocked_attention(
             if soft_cap is not None:
                 logits = soft_cap * jnp.tanh(logits / soft_cap)
             p, block_m, block_l = partial_softmax(logits, keep[None, None], mask_value)
-            v = jnp.where((position < kv_lens[row])[..., None], v, 0.0)  # 0 * NaN is not 0
+            seen = (position >= seen_from) & (position < seen_to)
+            v = jnp.where(seen[..., None], v, 0.0)  # 0 * NaN is not 0
             block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
             new_m = jnp.maximum(m, block_m)
             old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
             acc = acc * old[..., None] + block_acc * new[..., None]
-            return j + 1, new_m, l * old + block_l * new, acc
+            return at + block, new_m, l * old + block_l * new, acc
 
         _, m, l, acc = jax.lax.while_loop(
-            lambda carry: carry[0] * block < seen_to,
+            lambda carry: carry[0] < seen_to,
             add_block,
             (
-                seen_from // block,
+                seen_from - seen_from % align,
                 jnp.full((*heads, tile), mask_value, jnp.float32),
                 jnp.zeros((*heads, tile), jnp.float32),
                 jnp.zeros((*heads, tile, head_dim), jnp.float32),

@@ -39,6 +39,7 @@ def normalise(
 ) -> Float[Array, "*queries head_dim"]:
     """The attention output. A query without keys gives 0, with or without sinks."""
     if sinks is not None:
+        sinks = sinks.astype(jnp.float32)
         top = jnp.maximum(m, sinks)
         acc = acc * jnp.exp(m - top)[..., None]
         l = jnp.where(l > 0, l * jnp.exp(m - top) + jnp.exp(sinks - top), 0.0)
@@ -73,11 +74,26 @@ def merge_residuals(
 
     `(out, m, l)` of the union, in the same form, so that it can be merged again. `out` has
     the dtype of `outs`; `m` and `l` are float32.
+
+    **Raises:**
+
+    `ValueError` for parts of different number or shape.
     """
+    counts = {len(outs), len(ms), len(ls)}
+    if len(counts) > 1 or 0 in counts:
+        raise ValueError(
+            "outs, ms and ls must have one entry a part, but have "
+            f"{len(outs)}, {len(ms)} and {len(ls)}."
+        )
     outs, ms, ls = (jnp.stack(list(parts)) for parts in (outs, ms, ls))
+    if not outs.shape[:-1] == ms.shape == ls.shape:
+        raise ValueError(
+            "outs, ms and ls must have the same queries, but their shapes are "
+            f"{outs.shape}, {ms.shape} and {ls.shape}."
+        )
     ms, ls = ms.astype(jnp.float32), ls.astype(jnp.float32)
     m = jnp.max(ms, axis=0)
-    weights = ls * jnp.exp(ms - m)
+    weights = ls * jnp.exp(ms - m[None])
     l = jnp.sum(weights, axis=0)
     acc = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0)
     return normalise(acc, m, l).astype(outs.dtype), m, l

@@ -121,6 +121,7 @@ def check_arguments(
 ) -> None:
     """What holds for every attention over pages."""
     arguments.check_rank("q", q, 3)
+    arguments.check_floating(q=q)
     arguments.check_pages(k_pages, v_pages, q.shape[2])
     arguments.check_heads(q.shape[1], k_pages.shape[1])
     arguments.check_rank("kv_lens", kv_lens, 1)

@@ -61,6 +61,7 @@ def ragged_gqa(
     As [`eqx_paged.paged_attention`][].
     """
     arguments.check_rank("q", q, 3)
+    arguments.check_floating(q=q)
     arguments.check_rank("k", k, 4)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, but have {k.shape} and {v.shape}.")
@@ -130,6 +131,7 @@ def ragged_mha(
     As [`eqx_paged.ragged_gqa`][].
     """
     arguments.check_rank("q", q, 3)
+    arguments.check_floating(q=q)
     arguments.check_rank("k", k, 4)
     arguments.check_equal("num_heads of q", q.shape[1], "num_heads of k", k.shape[2])
     return ragged_gqa(q, k, v, lengths, starts, **options)

@@ -103,9 +103,9 @@ def ragged_chunk_attention(
     """Packed rows of queries, as in `ragged_paged_attention`."""
     block = min(KEY_BLOCK, k.shape[1])
 
-    def fetch(row, j):
+    def fetch(row, start):
         # Positions past the buffer repeat its last one, and are hidden by its length.
-        position = j * block + jnp.arange(block, dtype=jnp.int32)
+        position = start + jnp.arange(block, dtype=jnp.int32)
         block_k, block_v = (values_of(x.at[row, position].get(mode="clip")) for x in (k, v))
         return _by_head(block_k), _by_head(block_v)
 
@@ -122,6 +122,7 @@ def ragged_chunk_attention(
             lengths,
             num_kv_heads=k.shape[2],
             block=block,
+            align=1,
             **options,
         )
 

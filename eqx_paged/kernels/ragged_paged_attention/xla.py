@@ -28,6 +28,7 @@ def ragged_paged_attention(
     v_scale: Float[Array, " num_kv_heads"] | None,
     **options: Any,
 ) -> Results:
+    page_size = page_size_of(k_pages, q.shape[2])
     options = dict(options, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
 
     def decode(queries, kv_lens):
@@ -42,23 +43,24 @@ def ragged_paged_attention(
             jnp.zeros_like(kv_lens),
             kv_lens,
             num_kv_heads=k_pages.shape[1],
-            block=_pages_per_block(k_pages, q.shape[2]) * page_size_of(k_pages, q.shape[2]),
+            block=_pages_per_block(page_size) * page_size,
+            align=page_size,
             **options,
         )
 
     return split_rows(q, kv_lens, cu_q_lens, num_seqs, decode=decode, prefill=prefill)
 
 
-def _pages_per_block(k_pages, head_dim):
-    return max(1, KEY_BLOCK // page_size_of(k_pages, head_dim))
+def _pages_per_block(page_size):
+    return max(1, KEY_BLOCK // page_size)
 
 
 def _fetch_pages(k_pages, v_pages, page_indices, kv_lens, head_dim):
-    num_pages = _pages_per_block(k_pages, head_dim)
     page_size = page_size_of(k_pages, head_dim)
+    num_pages = _pages_per_block(page_size)
 
-    def fetch(row, j):
-        page = j * num_pages + jnp.arange(num_pages, dtype=jnp.int32)
+    def fetch(row, start):
+        page = start // page_size + jnp.arange(num_pages, dtype=jnp.int32)
         index = page_indices.at[row, page].get(mode="clip")
         index = jnp.where(page * page_size < kv_lens[row], index, 0)
         return _tokens(k_pages[index], head_dim), _tokens(v_pages[index], head_dim)

@@ -56,6 +56,7 @@ def write_kv(
     arguments.check_equal("num_kv_heads of k", k.shape[1], "of k_pages", k_pages.shape[1])
     arguments.check_equal("num_tokens of k", k.shape[0], "of slots", slots.shape[0])
     arguments.check_indices(slots=slots)
+    arguments.check_floating(k=k, v=v)
     arguments.check_writable(k_pages=k_pages, v_pages=v_pages)
     check_implementation(implementation)
     operands = dict(k_pages=k_pages, v_pages=v_pages, k=k, v=v, slots=slots)

@@ -28,7 +28,7 @@ def write_kv(
 
         def write(stored, new):
             new = pack(new[t], stored.dtype)[None, :, None]
-            written = jax.lax.dynamic_update_slice(stored, new, (page, 0, row, lane))
+            written = jax.lax.dynamic_update_slice(stored, new, (page, page * 0, row, lane))
             return jnp.where(page < num_pages, written, stored)
 
         return write(pages[0], k), write(pages[1], v)
