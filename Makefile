@@ -1,0 +1,55 @@
+# Every target makes its own virtual environment first; nothing but python3 (3.11 or
+# newer) and make is needed. PYTHON=python3.12 make test uses another interpreter, in an
+# environment of its own.
+
+PYTHON ?= python3
+VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest -n $(WORKERS)
+
+.PHONY: help setup demo test test-slow test-all lint bench docs check-python
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: setup-dev ## the environment for development
+	@echo "ready: $(VENV)"
+
+demo: setup-models ## questions to the embedded model, answered through the paged cache
+	@$(RUN) -m scripts.demo
+
+test: setup-test ## the tests, without the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: setup-test ## only the slow tests
+	$(PYTEST) -m slow
+
+test-all: setup-test ## every test
+	$(PYTEST) -m "slow or not slow"
+
+lint: setup-dev ## formatting, style and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: setup-bench ## time a decode step and compare it with the memory it reads
+	$(RUN) -m scripts.bench_step
+
+docs: setup-docs ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+setup-%: check-python
+	@"$(PYTHON)" scripts/_venv.py "$(VENV)" $*
+
+# In shell, since a Python too old to use is one it must be able to describe.
+check-python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  found=$$("$(PYTHON)" --version 2>&1 | head -n 1) || true; \
+	  echo "Python 3.11 or newer is needed, but $(PYTHON) says: $${found:-nothing}" >&2; \
+	  for python in python3.14 python3.13 python3.12 python3.11 \
+	      "$$HOME"/.pyenv/versions/3.1[1-9]*/bin/python3; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then echo "  this one would do: PYTHON=$$python make $(MAKECMDGOALS)" >&2; fi; \
+	  done; exit 1; }

@@ -1,0 +1,229 @@
+"""The command line of `python -m scripts.generate`: what it takes and refuses."""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from typing import NoReturn
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """One checked command line."""
+
+    model: pathlib.Path
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    stops: tuple[str, ...]
+    page_size: int
+    dtype: str | None
+    temperature: float
+    seed: int
+    stream: bool
+    json: bool
+    show_pages: bool
+
+
+def refuse(reason: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"generate: {' '.join(reason.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
+
+
+def parse_options(arguments: list[str] | None) -> Options:
+    """Reads and checks `arguments` (the process's own if None), or refuses them."""
+    given = _parser().parse_args(arguments)
+    return Options(
+        model=given.model,
+        prompts=_prompts(given.prompt, given.prompts_file),
+        max_new_tokens=given.max_new_tokens,
+        stops=tuple(_text(stop, "--stop") for stop in given.stop),
+        page_size=given.page_size,
+        dtype=given.dtype,
+        temperature=given.temperature,
+        seed=given.seed,
+        stream=given.stream,
+        json=given.json,
+        show_pages=given.show_pages,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m scripts.generate",
+        description="Continues prompts with a model, through a paged cache.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        type=pathlib.Path,
+        default=EMBEDDED_MODEL,
+        help="a folder with config.json, model.safetensors and tokenizer.json,"
+        " of a Llama model (default: the model that comes with the sources)",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a text to continue; may be given several times",
+    )
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="more prompts: one a line, or, if the name ends in .jsonl, one JSON"
+        " string a line (which may then hold line breaks)",
+    )
+    add(
+        "--max-new-tokens",
+        metavar="N",
+        type=_positive,
+        default=64,
+        help="how many tokens to add to each prompt at most (default: 64)",
+    )
+    add(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="ends a continuation where TEXT appears in it; may be given several"
+        " times; the model's own end-of-text tokens always end it",
+    )
+    add(
+        "--page-size",
+        metavar="N",
+        type=_page_size,
+        default=16,
+        help="tokens a page: a power of two from 8 to 256 (default: 16)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights and the cache (default: as the checkpoint is stored)",
+    )
+    add(
+        "--temperature",
+        metavar="T",
+        type=_temperature,
+        default=0.0,
+        help="draw tokens with probabilities softmax(logits / T); 0 takes the"
+        " likeliest token each time (default: 0)",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=_seed,
+        default=0,
+        help="of the draws; without effect at temperature 0 (default: 0)",
+    )
+    add(
+        "--stream",
+        action="store_true",
+        help="show text as it is made (on stderr with --json)",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add(
+        "--show-pages",
+        action="store_true",
+        help="draw which sequence holds which page (on stderr with --json)",
+    )
+    return parser
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _positive(text: str) -> int:
+    number = _number(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _page_size(text: str) -> int:
+    number = _number(text)
+    if number not in (8, 16, 32, 64, 128, 256):
+        raise argparse.ArgumentTypeError(
+            f"must be a power of two from 8 to 256, not {number}"
+        )
+    return number
+
+
+def _seed(text: str) -> int:
+    number = _number(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**32 - 1, not {number}")
+    return number
+
+
+def _temperature(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(number) and (number == 0 or 1e-3 <= number <= 1e3)):
+        raise argparse.ArgumentTypeError(f"must be 0, or from 0.001 to 1000, not {text}")
+    return number
+
+
+def _prompts(given: list[str], path: pathlib.Path | None) -> tuple[str, ...]:
+    prompts = [_text(prompt, "--prompt") for prompt in given]
+    if path is not None:
+        prompts += _read_prompts(path)
+    if not prompts:
+        refuse("give at least one --prompt or a --prompts-file")
+    return tuple(prompts)
+
+
+def _text(text: str, option: str) -> str:
+    if not text:
+        refuse(f"argument {option}: an empty text")
+    # Bytes on a command line that are not UTF-8 arrive as lone surrogates.
+    if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+        refuse(f"argument {option}: {text!r} is not UTF-8")
+    return text
+
+
+def _read_prompts(path: pathlib.Path) -> list[str]:
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        refuse(f"argument --prompts-file: cannot read '{path}': {error.strerror}")
+    except UnicodeDecodeError as error:
+        refuse(f"argument --prompts-file: '{path}' is not UTF-8 (byte {error.start})")
+    lines = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not lines:
+        refuse(f"argument --prompts-file: '{path}' has no prompt in it")
+    return [_json_text(line, path) for line in lines] if _is_json(path) else lines
+
+
+def _is_json(path: pathlib.Path) -> bool:
+    return path.suffix == ".jsonl"
+
+
+def _json_text(line: str, path: pathlib.Path) -> str:
+    try:
+        text = json.loads(line)
+    except ValueError:
+        text = None
+    if not isinstance(text, str):
+        refuse(f"argument --prompts-file: in '{path}', not a JSON string: {line[:40]}")
+    return _text(text, f"--prompts-file: in '{path}'")

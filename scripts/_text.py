@@ -1,0 +1,68 @@
+"""Between text and tokens: prompts in, continuations out."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import models
+from tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """A checkpoint's tokenizer with the texts that end a continuation."""
+
+    tokenizer: Tokenizer
+    config: models.DecoderConfig
+    stops: tuple[str, ...] = ()
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """The prompt's tokens, with the token that every text begins with, if any."""
+        tokens = self.tokenizer.encode(prompt).ids
+        first = self.config.bos_token_id
+        if first is not None and tokens[:1] != [first]:
+            tokens = [first, *tokens]
+        return tuple(tokens)
+
+    def decode(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text that `tokens` add to `prompt`, up to the first stop text."""
+        text = self._added(prompt, tokens)
+        found = [text.find(stop) for stop in self.stops if stop in text]
+        return text[: min(found, default=len(text))]
+
+    def certain(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """As `decode`, without a tail that later tokens may yet change."""
+        # An unfinished character shows as U+FFFD.
+        text = self.decode(prompt, tokens).rstrip("\ufffd")
+        held = [
+            length
+            for stop in self.stops
+            for length in range(1, len(stop))
+            if text.endswith(stop[:length])
+        ]
+        return text[: len(text) - max(held, default=0)]
+
+    def keep(self, prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
+        """How many tokens it takes to complete a stop text, if one is complete."""
+
+        def stopped(count: int) -> bool:
+            text = self._added(prompt, tokens[:count])
+            return any(stop in text for stop in self.stops)
+
+        if not self.stops or not stopped(len(tokens)):
+            return None
+        return next(filter(stopped, range(1, len(tokens) + 1)))
+
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a continuation by themselves."""
+        encoded = [
+            self.tokenizer.encode(stop, add_special_tokens=False).ids for stop in self.stops
+        ]
+        alone = {tokens[0] for tokens in encoded if len(tokens) == 1}
+        return tuple(sorted(alone | set(self.config.eos_token_id)))
+
+    def _added(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        # Decoded with a neighbour, since some decoders drop a text's first blank.
+        before = self.tokenizer.decode(list(prompt[-1:]))
+        return self.tokenizer.decode([*prompt[-1:], *tokens]).removeprefix(before)

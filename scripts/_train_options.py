@@ -1,0 +1,113 @@
+"""The command line of `python -m scripts.train`: what it offers and what it refuses."""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+STATE_FILE = "train_state.bin"
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """One checked command line."""
+
+    out: pathlib.Path
+    text: pathlib.Path | None
+    steps: int
+    seed: int
+    context: int
+    learning_rate: float
+    dtype: str
+    save_every: int
+    sample: int
+    resume: bool
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {
+            "text": None if self.text is None else self._text_and_size,
+            "steps": self.steps,
+            "seed": self.seed,
+            "context": self.context,
+            "learning_rate": self.learning_rate,
+        }
+
+    @property
+    def _text_and_size(self) -> str:
+        return f"{self.text} ({self.text.stat().st_size} bytes)"
+
+
+def refuse(reason: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"train: {' '.join(reason.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
+
+
+def parse_options(arguments: list[str] | None) -> Options:
+    """Reads and checks `arguments` (the process's own if None), or refuses them."""
+    parser = _Parser(
+        prog="python -m scripts.train",
+        description="Trains a small decoder and writes it as a checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    path = pathlib.Path
+    add("--out", type=path, default=path("build/tiny"), help="directory to write")
+    add("--text", type=path, help="learn this text file instead of the tasks")
+    add("--steps", type=_whole(1, 10**7), default=2600, help="length of the run")
+    add("--seed", type=_whole(0, 2**32 - 1), default=0, help="fixes all randomness")
+    add("--context", type=_whole(64, 2048), default=2048, help="longest row, in tokens")
+    add("--learning-rate", type=_rate, default=2e-3, help="the highest one")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the written weights")
+    add("--save-every", type=_whole(1, 10**7), default=200, help="steps between saves")
+    add("--sample", type=_whole(1, 590), default=256, help="questions to examine with")
+    add("--resume", action="store_true", help="go on where a run was interrupted")
+    options = Options(**vars(parser.parse_args(arguments)))
+    _check_files(options)
+    return options
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no whole number from {low} to {high}"
+            )
+        return int(text)
+
+    return number
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and up to 1")
+    return rate
+
+
+def _check_files(options: Options) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        refuse(f"--out {options.out}: is a file, not a directory")
+    has_state = (options.out / STATE_FILE).is_file()
+    if options.resume and not has_state:
+        refuse(f"--resume: {options.out} holds no interrupted run")
+    if has_state and not options.resume:
+        refuse(
+            f"--out {options.out}: holds an interrupted run; give --resume to go on "
+            f"with it, or remove {STATE_FILE}"
+        )

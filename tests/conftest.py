@@ -1,0 +1,44 @@
+"""Settings and fixtures that every test shares.
+
+The package under test is imported nowhere here: the jaxtyping hook must be able to act
+on its first import.
+"""
+
+import zlib
+
+import jax
+import pytest
+
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    # `-m "slow or not slow"` runs everything.
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture
+def getkey(request):
+    """A function that gives a new random key at each call, the same in every run."""
+    key = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+    def _getkey():
+        nonlocal key
+        key, out = jax.random.split(key)
+        return out
+
+    return _getkey
+
+
+@pytest.fixture
+def no_type_hook():
+    """Switches the jaxtyping hook off, so that a static misuse meets the library's own
+    check, as it does outside the tests."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

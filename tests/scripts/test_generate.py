@@ -1,0 +1,331 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import decoders, models as bpe, pre_tokenizers, processors, Tokenizer
+from tokenizers.trainers import BpeTrainer
+
+from ..helpers import count_compilations
+
+
+PROMPTS = ("hello", "what is the world? it is", "a")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A small random model: no answer is right, but each is reproducible."""
+    import models
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = _tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = models.DecoderConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=(1,),
+    )
+    models.save_checkpoint(models.Decoder(config, key=jax.random.key(3)), folder)
+    return folder
+
+
+def _tokenizer():
+    tokenizer = Tokenizer(bpe.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(PROMPTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def generate(model_dir, capsys):
+    """Runs a command line in this process, and returns what it wrote."""
+    from scripts.generate import main
+
+    def _generate(*arguments):
+        main(["--model", str(model_dir), "--max-new-tokens", "12", *arguments])
+        return capsys.readouterr()
+
+    return _generate
+
+
+@pytest.fixture
+def report(generate):
+    """As `generate`, with `--json`, which is read."""
+    return lambda *arguments: json.loads(generate("--json", *arguments).out)
+
+
+def prompts(*texts):
+    return [part for text in texts for part in ("--prompt", text)]
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens(model_dir):
+    """Greedy continuations by recomputing everything for each token, without a cache."""
+    import models
+
+    model = models.load_checkpoint(model_dir)
+    tokenizer = models.load_tokenizer(model_dir)
+    forward = jax.jit(lambda tokens: model.unembed(model.dense(tokens)[0]))
+
+    def _greedy_tokens(prompt, count):
+        tokens = tokenizer.encode(prompt).ids
+        num_known = len(tokens)
+        while len(tokens) < num_known + count:
+            padded = np.zeros((1, 128), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(jnp.argmax(forward(padded)[len(tokens) - 1])))
+            if tokens[-1] == 1:
+                break
+        return tokens[num_known:]
+
+    return _greedy_tokens
+
+
+def test_each_prompt_is_continued_as_by_full_recomputation(report, greedy_tokens):
+    results = report(*prompts(*PROMPTS))["results"]
+    for prompt, result in zip(PROMPTS, results):
+        assert result["prompt"] == prompt
+        assert result["tokens"] == greedy_tokens(prompt, 12)
+
+
+def test_a_prompt_is_continued_alone_as_among_others(report):
+    together = report(*prompts(*PROMPTS))["results"]
+    alone = report(*prompts(PROMPTS[1]))["results"]
+    assert alone[0]["text"] == together[1]["text"]
+
+
+def test_the_json_adds_up(report):
+    made = report(*prompts(*PROMPTS), "--page-size", "8")
+    results = made["results"]
+    for name in ("num_prompt_tokens", "num_new_tokens"):
+        assert made[name] == sum(result[name] for result in results)
+    for result in results:
+        assert result["num_new_tokens"] == len(result["tokens"]) <= 12
+        held = result["num_prompt_tokens"] + result["num_new_tokens"] - 1
+        assert len(result["pages"]) == -(-held // 8)
+    pages = [page for result in results for page in result["pages"]]
+    assert made["pages_used"] == len(pages) == len(set(pages)) <= made["num_pages"]
+    assert made["page_size"] == 8
+    # One layer of keys and values, one head of 16 float32.
+    assert made["cache_bytes"] == 2 * made["num_pages"] * 8 * 16 * 4
+    assert made["peak_bytes"] > made["cache_bytes"]
+    assert made["prefill_tokens_per_second"] > 0
+    assert made["decode_tokens_per_second"] > 0
+
+
+def test_a_prompt_of_one_token_leaves_nothing_to_prefill(report, model_dir, tmp_path):
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name, key in (("config", "bos_token_id"), ("tokenizer", "post_processor")):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
+    made = report(*prompts("a"), "--model", str(tmp_path))
+    assert made["num_prompt_tokens"] == 1
+    assert made["prefill_tokens_per_second"] is None
+    assert made["num_new_tokens"] > 0
+
+
+def test_text_is_the_decoded_tokens(report, model_dir):
+    import models
+
+    tokenizer = models.load_tokenizer(model_dir)
+    for result in report(*prompts(*PROMPTS))["results"]:
+        assert result["text"] == tokenizer.decode(result["tokens"])
+
+
+def test_stream_shows_the_text_that_is_printed_without(generate):
+    for texts in (PROMPTS, PROMPTS[:1]):
+        plain = generate(*prompts(*texts)).out
+        assert generate(*prompts(*texts), "--stream").out == plain
+
+
+def test_stdout_is_json_alone_whatever_else_is_shown(generate):
+    shown = generate(*prompts(*PROMPTS), "--json", "--stream", "--show-pages")
+    texts = [result["text"] for result in json.loads(shown.out)["results"]]
+    assert all(text in shown.err for text in texts)
+    assert "pages of 16 tokens" in shown.err
+
+
+def test_a_stop_text_of_several_tokens_ends_a_continuation(report):
+    whole = report(*prompts(PROMPTS[0]))["results"][0]
+    stop = whole["text"][3:6]
+    cut = report(*prompts(PROMPTS[0]), "--stop", "never", "--stop", stop)["results"][0]
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert cut["tokens"] == whole["tokens"][: len(cut["tokens"])]
+    assert len(cut["tokens"]) < len(whole["tokens"])
+    # What was made past the stop is not in the cache.
+    assert len(cut["pages"]) == 1
+
+
+def test_a_continuation_without_an_end_ends_at_the_length(report):
+    result = report(*prompts(PROMPTS[0]))["results"][0]
+    assert result["finish_reason"] == "length" and result["num_new_tokens"] == 12
+
+
+def test_the_seed_decides_the_draws_and_nothing_else(report):
+    def text(*arguments):
+        return report(*prompts(PROMPTS[0]), *arguments)["results"][0]["text"]
+
+    warm = "--temperature", "1.5"
+    assert text(*warm, "--seed", "1") == text(*warm, "--seed", "1")
+    assert text(*warm, "--seed", "1") != text(*warm, "--seed", "2")
+    assert text("--seed", "1") == text("--seed", "2")
+    # A low temperature takes the likeliest token.
+    assert text("--temperature", "0.001", "--seed", "1") == text()
+
+
+def test_pages_are_drawn_as_the_json_tells(generate):
+    shown = generate(*prompts(*PROMPTS), "--json", "--show-pages", "--page-size", "8")
+    made = json.loads(shown.out)
+    lines = [line for line in shown.err.splitlines() if " | " in line]
+    pool = "".join(lines[: -len(PROMPTS)][0].split(" | ")[1].split())
+    for row, result in enumerate(made["results"]):
+        pages = [page for page, mark in enumerate(pool) if mark == str(row)]
+        assert pages == sorted(result["pages"])
+    assert pool.count(".") == made["num_pages"] - made["pages_used"]
+
+
+def test_other_prompts_of_about_that_size_compile_nothing(generate):
+    generate(*prompts(*PROMPTS))
+    others = prompts("a", "hello" * 5, "it")
+    with count_compilations() as compiled:
+        generate(*others, "--max-new-tokens", "15", "--stop", "x", "--stop", "yz")
+    assert compiled == []
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_dtype_is_that_of_weights_and_cache(report, dtype):
+    made = report(*prompts("hello"), "--dtype", dtype)
+    assert made["dtype"] == dtype
+    itemsize = jnp.dtype(dtype).itemsize
+    assert made["cache_bytes"] == 2 * made["num_pages"] * 16 * 16 * itemsize
+
+
+def test_prompts_come_from_files_too(report, tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_bytes("\ufeffhello\r\n\n a\u2028b\n".encode())
+    strings = tmp_path / "prompts.jsonl"
+    strings.write_text('"two\\nlines"\n\n"hello"\n"a"\n')
+
+    def read(*arguments):
+        return [result["prompt"] for result in report(*arguments)["results"]]
+
+    assert read(*prompts("a"), "--prompts-file", str(lines)) == [
+        "a",
+        "hello",
+        " a\u2028b",
+    ]
+    assert read("--prompts-file", str(strings)) == ["two\nlines", "hello", "a"]
+
+
+def nonsense(*arguments, says):
+    return pytest.param(arguments, says, id=" ".join(arguments)[:40] or "nothing")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        nonsense(says="give at least one --prompt"),
+        nonsense("--prompt", "", says="empty"),
+        nonsense("--prompt", "\udcff", says="UTF-8"),
+        nonsense("--prompt", "a", "--stop", "", says="empty"),
+        nonsense("--prompt", "a", "--max-new-tokens", "0", says="at least 1, not 0"),
+        nonsense("--prompt", "a", "--max-new-tokens", "-3", says="at least 1, not -3"),
+        nonsense("--prompt", "a", "--max-new-tokens", "x", says="whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", "128", says="below 128"),
+        nonsense("--prompt", "a" * 200, says="it may have at most 116"),
+        nonsense("--prompt", "a", "--page-size", "12", says="from 8 to 256, not 12"),
+        nonsense("--prompt", "a", "--page-size", "4", says="from 8 to 256, not 4"),
+        nonsense("--prompt", "a", "--page-size", "512", says="from 8 to 256, not 512"),
+        nonsense("--prompt", "a", "--dtype", "int8", says="float32"),
+        nonsense("--prompt", "a", "--temperature", "-1", says="0.001 to 1000"),
+        nonsense("--prompt", "a", "--temperature", "nan", says="0.001 to 1000"),
+        nonsense("--prompt", "a", "--seed", "-1", says="2**32 - 1, not -1"),
+        nonsense("--prompt", "a", "--model", "/no/such", says="/no/such"),
+        nonsense("--prompts-file", "/no/such", says="No such file"),
+        nonsense("--prompts-file", "/", says="directory"),
+        nonsense("--prom", "a", says="--prom"),
+        nonsense("--prompt", says="--prompt"),
+        nonsense("--frobnicate", says="--frobnicate"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(generate, capsys, arguments, says):
+    with pytest.raises(SystemExit) as error:
+        generate(*arguments)
+    assert error.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1 and says in shown.err
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("empty.txt", b"", "no prompt"),
+        ("blank.txt", b"\n \r\n", "no prompt"),
+        ("latin.txt", "stra\u00dfe".encode("latin-1"), "not UTF-8 (byte 4)"),
+        ("numbers.jsonl", b'"a"\n3\n', "not a JSON string: 3"),
+        ("broken.jsonl", b'"a\n', "not a JSON string"),
+        ("blank.jsonl", b'""\n', "empty"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(generate, capsys, tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        generate("--prompts-file", str(tmp_path / name))
+    assert error.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and says in shown
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors", "tokenizer.json"))
+@pytest.mark.parametrize("content", (None, b"", b"{}"))
+def test_a_broken_model_is_refused(generate, capsys, tmp_path, model_dir, name, content):
+    for file in model_dir.iterdir():
+        if file.name != name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        elif content is not None:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        generate("--model", str(tmp_path), "--prompt", "a")
+    assert error.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--model" in shown
+
+
+def test_a_cache_beyond_the_memory_is_refused(generate, capsys, monkeypatch):
+    from scripts import generate as script
+
+    monkeypatch.setattr(script, "_memory_limit", lambda: 1000)
+    with pytest.raises(SystemExit) as error:
+        generate("--prompt", "a")
+    assert error.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "GiB" in shown
+
+
+def test_the_program_itself_ends_with_status_2_and_no_traceback():
+    command = [sys.executable, "-m", "scripts.generate", "--page-size", "7"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stdout == "" and ended.stderr.count("\n") == 1

@@ -1,0 +1,293 @@
+import dataclasses
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from . import oracle
+from .helpers import assert_close, head_values, ints, normal, quick_jit, rng_of, told
+
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
+
+# A conversation of three rows: whole prompts, chunks, decode steps, idle rows, over several
+# pages. None is a decode step.
+STEPS = (
+    ((5, 0, 17), 24),
+    ((9, 7, 0), 24),
+    ((1, 1, 1), None),
+    ((0, 1, 1), None),
+    ((1, 20, 2), 24),
+    ((1, 0, 1), None),
+    ((0, 0, 0), None),
+    ((0, 0, 0), 24),
+    ((1, 1, 1), 24),
+)
+
+
+def cache_of(kind, dtype):
+    import eqx_paged
+
+    sizes = dict(
+        num_layers=1,
+        num_seqs=3,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_len=40,
+        dtype=jnp.dtype(dtype),
+    )
+    if kind == "paged":
+        cache = eqx_paged.PagedKVCache.empty(**sizes, num_pages=15, page_size=8)
+    else:
+        cache = eqx_paged.RaggedKVCache.empty(**sizes)
+    # What was never written must not matter.
+    return eqx.tree_at(
+        lambda c: c.layers,
+        cache,
+        jax.tree.map(
+            lambda x: jnp.full_like(x, 0x7FC0 if x.dtype == jnp.uint16 else jnp.nan),
+            cache.layers,
+        ),
+    )
+
+
+def layer_of(kind, options):
+    import eqx_paged
+
+    attention = dict(paged=eqx_paged.PagedAttention, ragged=eqx_paged.RaggedAttention)
+    return attention[kind](**options)
+
+
+@ft.partial(quick_jit, static_argnames="num_tokens")
+def step(attention, cache, q_lens, q, k, v, num_tokens):
+    cache, batch, result = cache.append(q_lens, num_tokens)
+    out, layer = attention(q, k, v, cache.layers[0], batch)
+    return out, dataclasses.replace(cache, layers=(layer,)), batch, result
+
+
+OPTIONS = {
+    "plain": {},
+    "scale, soft cap": dict(sm_scale=0.5, soft_cap=2.0),
+    "window, sinks": dict(sliding_window=6, sinks=jnp.asarray(head_values(NUM_HEADS))),
+    "xla": dict(implementation="xla"),
+}
+
+
+@pytest.mark.parametrize("kind", ("paged", "ragged"))
+@pytest.mark.parametrize(
+    "options, dtype",
+    [*((name, "float32") for name in OPTIONS if name != "xla"), ("xla", "bfloat16")],
+)
+def test_a_layer_over_many_steps_equals_dense_attention(getkey, kind, options, dtype):
+    options = OPTIONS[options]
+    rng = rng_of(getkey())
+    cache, attention = cache_of(kind, dtype), layer_of(kind, options)
+    options = {n: x for n, x in options.items() if n != "implementation"}
+    past = [(np.zeros((0, NUM_KV_HEADS, HEAD_DIM)),) * 2 for _ in range(3)]
+    for q_lens, num_tokens in STEPS:
+        total = 3 if num_tokens is None else num_tokens
+        q = normal(rng, (total, NUM_HEADS, HEAD_DIM), dtype)
+        k, v = (normal(rng, (total, NUM_KV_HEADS, HEAD_DIM), dtype) for _ in range(2))
+        arrays = (jnp.asarray(x) for x in (q, k, v))
+        out, cache, batch, result = step(
+            attention, cache, ints(q_lens), *arrays, num_tokens
+        )
+        assert told(result) == "successful"
+        assert out.dtype == jnp.dtype(dtype)
+        wanted, first = np.zeros(q.shape), 0
+        for i, n in enumerate(q_lens):
+            first = i if num_tokens is None else first
+            tokens = slice(first, first + n)
+            past[i] = tuple(np.concatenate([a, b[tokens]]) for a, b in zip(past[i], (k, v)))
+            wanted[tokens] = oracle.attention(q[tokens], *past[i], **options)[0]
+            first += n
+        assert_close(out, wanted, dtype)
+
+
+def test_positions_before_starts_are_not_attended(getkey):
+    rng = rng_of(getkey())
+    cache = dataclasses.replace(cache_of("ragged", "float32"), starts=ints((0, 3, 9)))
+    attention = layer_of("ragged", {})
+    past = [(np.zeros((0, NUM_KV_HEADS, HEAD_DIM)),) * 2 for _ in range(3)]
+    for q_lens, num_tokens in (((5, 6, 17), 28), ((1, 1, 1), None)):
+        total = sum(q_lens)
+        q = normal(rng, (total, NUM_HEADS, HEAD_DIM))
+        k, v = (normal(rng, (total, NUM_KV_HEADS, HEAD_DIM)) for _ in range(2))
+        arrays = (jnp.asarray(x) for x in (q, k, v))
+        out, cache, _, _ = step(attention, cache, ints(q_lens), *arrays, num_tokens)
+        first = 0
+        for i, (n, start) in enumerate(zip(q_lens, (0, 3, 9))):
+            tokens = slice(first, first + n)
+            past[i] = tuple(np.concatenate([a, b[tokens]]) for a, b in zip(past[i], (k, v)))
+            wanted = oracle.attention(q[tokens], *past[i], start=start)[0]
+            assert_close(np.asarray(out)[tokens], wanted)
+            first += n
+
+
+def test_forked_rows_go_their_own_ways(getkey):
+    rng = rng_of(getkey())
+    cache, attention = cache_of("paged", "float32"), layer_of("paged", {})
+    shape = (24, NUM_HEADS, HEAD_DIM), (24, NUM_KV_HEADS, HEAD_DIM)
+    q, k, v = (normal(rng, shape[i > 0]) for i in range(3))
+    arrays = [jnp.asarray(x) for x in (q, k, v)]
+    _, cache, _, _ = step(attention, cache, ints((12, 0, 0)), *arrays, 24)
+    cache, result = cache.fork(ints((0, 0)), ints((1, 2)))
+    assert told(result) == "successful"
+    past = [(k[:12], v[:12])] * 3
+    q, k, v = (normal(rng, (3, *s[1:])) for s in (shape[0], shape[1], shape[1]))
+    arrays = [jnp.asarray(x) for x in (q, k, v)]
+    out, cache, _, _ = step(attention, cache, ints((1, 1, 1)), *arrays, None)
+    for i in range(3):
+        keys, values = (np.concatenate([a, b[i : i + 1]]) for a, b in zip(past[i], (k, v)))
+        assert_close(np.asarray(out)[i : i + 1], oracle.attention(q[i : i + 1], keys, values)[0])
+
+
+def test_a_layer_is_a_pytree_whose_only_leaves_are_sinks():
+    assert jax.tree.leaves(layer_of("paged", dict(sliding_window=3, soft_cap=1.0))) == []
+    sinks = jnp.zeros(4)
+    assert len(jax.tree.leaves(layer_of("ragged", dict(sinks=sinks)))) == 1
+
+
+def test_a_kernel_for_another_platform_is_refused_when_lowered(getkey):
+    cache = cache_of("paged", "float32")
+    attention = layer_of("paged", dict(implementation="pallas_tpu"))
+    q = jnp.ones((3, NUM_HEADS, HEAD_DIM))
+    k = jnp.ones((3, NUM_KV_HEADS, HEAD_DIM))
+
+    def call(cache):
+        return step.__wrapped__(attention, cache, ints((1, 1, 1)), q, k, k, None)
+
+    traced = jax.jit(call).trace(cache)
+    with pytest.raises(NotImplementedError, match="pallas_tpu"):
+        traced.lower()
+
+
+# --- Equinox's own layer
+
+SHAPES = {
+    "plain": dict(num_heads=4, query_size=32),
+    "biases": dict(
+        num_heads=2,
+        query_size=32,
+        use_query_bias=True,
+        use_key_bias=True,
+        use_value_bias=True,
+        use_output_bias=True,
+    ),
+    "larger qk": dict(num_heads=4, query_size=24, qk_size=16, vo_size=8, output_size=20),
+    "larger vo": dict(num_heads=3, query_size=24, qk_size=8, vo_size=16, use_key_bias=True),
+    "one head": dict(num_heads=1, query_size=16, output_size=7, use_output_bias=True),
+}
+
+
+def turned(heads, positions):
+    """Something that depends on a token's position, in place of a rotary embedding."""
+    angle = positions.astype(jnp.float32)[:, None, None] * 0.7
+    return heads * jnp.cos(angle) + jnp.flip(heads, axis=-1) * jnp.sin(angle)
+
+
+@pytest.mark.parametrize(
+    "name, with_positions", [*((name, False) for name in SHAPES), ("larger qk", True)]
+)
+def test_equinox_layers_give_the_same_numbers(getkey, name, with_positions):
+    import eqx_paged
+
+    sizes = SHAPES[name]
+    plain = eqx.nn.MultiheadAttention(**sizes, key=getkey())
+    paged = eqx_paged.PagedMultiheadAttention.from_equinox(plain)
+    lens = (13, 1, 22)
+    xs = [jax.random.normal(getkey(), (n, sizes["query_size"])) for n in lens]
+
+    def process_heads(positions):
+        if not with_positions:
+            return None
+        return lambda q, k, v: (turned(q, positions), turned(k, positions), v)
+
+    @quick_jit
+    def dense(x):
+        mask = jnp.tril(jnp.ones((len(x), len(x)), bool))
+        heads = process_heads(jnp.arange(len(x)))
+        return plain(x, x, x, mask=mask, process_heads=heads)
+
+    # Padded at the end, which changes nothing before it.
+    wanted = [dense(jnp.pad(x, ((0, 22 - len(x)), (0, 0)))) for x in xs]
+    wanted = [x[:n] for x, n in zip(wanted, lens)]
+
+    @ft.partial(quick_jit, static_argnames="num_tokens")
+    def call(paged, x, cache, q_lens, num_tokens):
+        cache, batch, result = cache.append(q_lens, num_tokens)
+        out, pages = paged(
+            x, cache.layers[0], batch, process_heads=process_heads(batch.positions)
+        )
+        return out, dataclasses.replace(cache, layers=(pages,)), result
+
+    cache = eqx_paged.PagedKVCache.empty(
+        num_layers=1,
+        num_pages=12,
+        page_size=8,
+        num_kv_heads=sizes["num_heads"],
+        head_dim=paged.head_dim,
+        num_seqs=3,
+        max_len=32,
+    )
+    parts = [[], [], []]
+    for q_lens, num_tokens in (((5, 0, 17), 24), ((7, 0, 4), 24), ((1, 1, 1), None)):
+        x, first = np.zeros((num_tokens or 3, sizes["query_size"]), np.float32), 0
+        for i, n in enumerate(q_lens):
+            done = sum(map(len, parts[i]))
+            x[first : first + n] = xs[i][done : done + n]
+            first += n
+        out, cache, result = call(paged, jnp.asarray(x), cache, ints(q_lens), num_tokens)
+        out = np.asarray(out)
+        assert told(result) == "successful"
+        first = 0
+        for i, n in enumerate(q_lens):
+            parts[i].append(out[first : first + n])
+            first += n
+    for part, whole in zip(parts, wanted):
+        assert_close(np.concatenate(part), whole)
+
+
+@pytest.mark.parametrize("name", ("key_size", "value_size"))
+def test_cross_attention_is_refused(getkey, name):
+    import eqx_paged
+
+    layer = eqx.nn.MultiheadAttention(2, 16, **{name: 12}, key=getkey())
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*{name})(?=.*12)(?=.*16)"):
+        eqx_paged.PagedMultiheadAttention.from_equinox(layer)
+
+
+def test_active_dropout_is_refused(getkey):
+    import eqx_paged
+
+    layer = eqx.nn.MultiheadAttention(2, 16, dropout_p=0.25, key=getkey())
+    with pytest.raises(ValueError, match=r"(?s)(?=.*dropout)(?=.*0\.25)"):
+        eqx_paged.PagedMultiheadAttention.from_equinox(layer)
+    eqx_paged.PagedMultiheadAttention.from_equinox(eqx.nn.inference_mode(layer))
+
+
+def test_process_heads_may_not_change_shapes(getkey):
+    import eqx_paged
+
+    layer = eqx.nn.MultiheadAttention(2, 16, key=getkey())
+    paged = eqx_paged.PagedMultiheadAttention.from_equinox(layer)
+    cache = eqx_paged.PagedKVCache.empty(
+        num_layers=1,
+        num_pages=2,
+        page_size=8,
+        num_kv_heads=2,
+        head_dim=8,
+        num_seqs=1,
+        max_len=8,
+    )
+    cache, batch, _ = cache.append(ints((1,)))
+    with pytest.raises(ValueError, match="process_heads"):
+        paged(
+            jnp.ones((1, 16)),
+            cache.layers[0],
+            batch,
+            process_heads=lambda q, k, v: (q[:, :1], k, v),
+        )

@@ -1,0 +1,341 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from .helpers import (
+    assert_trees_identical,
+    ints,
+    layer_pools,
+    normal,
+    poison_free_pages,
+    rng_of,
+    row_tokens,
+    told,
+)
+
+
+SIZES = dict(
+    num_layers=2,
+    num_pages=12,
+    page_size=8,
+    num_kv_heads=2,
+    head_dim=16,
+    num_seqs=4,
+    max_len=32,
+)
+
+
+def empty(**changed):
+    import eqx_paged
+
+    return eqx_paged.PagedKVCache.empty(**(SIZES | changed))
+
+
+def fill(cache, q_lens, rng):
+    """Appends random tokens."""
+    num_tokens = max(1, sum(q_lens))
+    cache, batch, result = cache.append(ints(q_lens), num_tokens)
+    assert told(result) == "successful"
+    layers = []
+    for layer in cache.layers:
+        shape = (num_tokens, layer.num_kv_heads, layer.head_dim)
+        k, v = (jnp.asarray(normal(rng, shape, layer.dtype)) for _ in range(2))
+        layers.append(layer.write(k, v, batch.slots))
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+def contents(cache, row):
+    """The keys and values of a row, layer by layer."""
+    indices, length = np.asarray(cache.table.page_indices[row]), int(cache.kv_lens[row])
+    return [row_tokens(p, indices, length) for ps in layer_pools(cache) for p in ps]
+
+
+def assert_same_contents(cache, row, wanted):
+    for x, y in zip(contents(cache, row), wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# --- Making one
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize(
+    "head_dim, page_size, rows, lanes",
+    [
+        *((64, 16, 8, 128), (16, 8, 1, 128), (128, 8, 8, 128), (256, 16, 16, 256)),
+        *((80, 16, 16, 80), (96, 8, 8, 96), (8, 8, 8, 8), (8, 16, 1, 128)),
+    ],
+)
+def test_pages_are_stored_in_rows_of_128_lanes_where_they_can(
+    head_dim, page_size, rows, lanes, dtype
+):
+    cache = empty(head_dim=head_dim, page_size=page_size, dtype=jnp.dtype(dtype))
+    stored = jnp.uint16 if dtype == "bfloat16" else jnp.dtype(dtype)
+    for layer in cache.layers:
+        for pages in (layer.k_pages, layer.v_pages):
+            assert pages.shape == (12, 2, rows, lanes)
+            assert pages.dtype == stored
+        assert layer.head_dim == head_dim
+        assert layer.page_size == page_size
+        assert (layer.num_pages, layer.num_kv_heads) == (12, 2)
+        assert layer.dtype == jnp.dtype(dtype)
+
+
+def test_properties():
+    cache = empty(max_len=33)
+    assert len(cache.layers) == 2
+    assert (cache.num_seqs, cache.page_size) == (4, 8)
+    assert cache.max_len == 40  # whole pages
+    assert cache.kv_lens.tolist() == [0] * 4
+    assert cache.num_bytes == 2 * 2 * 12 * 2 * 8 * 16 * 4
+    assert empty(dtype=jnp.bfloat16).num_bytes == empty().num_bytes // 2
+
+
+def test_the_default_dtype_is_float32():
+    assert empty().layers[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *((name, 0) for name in SIZES),
+        *((name, -1) for name in SIZES),
+        *(("page_size", n) for n in (1, 4, 12, 20, 512)),
+    ],
+)
+def test_sizes_are_checked(name, value):
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*{name})(?=.*{value})"):
+        empty(**{name: value})
+
+
+@pytest.mark.parametrize("dtype", ("int32", "uint16", "bool", "complex64"))
+def test_the_dtype_is_floating_point(dtype):
+    with pytest.raises(ValueError, match=dtype):
+        empty(dtype=jnp.dtype(dtype))
+
+
+# --- Sharing
+
+
+def test_neither_row_sees_the_others_tokens_after_a_fork(getkey):
+    rng = rng_of(getkey())
+    cache = fill(empty(), (12, 3, 0, 0), rng)
+    common = contents(cache, 0)
+    cache, result = cache.fork(jnp.int32(0), jnp.int32(2))
+    assert told(result) == "successful"
+    assert_same_contents(cache, 2, common)
+    cache = fill(cache, (2, 0, 5, 1), rng)
+    for row in (0, 2):
+        assert_same_contents(
+            dataclasses.replace(cache, table=cache.table.truncate(ints([12] * 4))),
+            row,
+            common,
+        )
+    rows = contents(cache, 0)[0][12:], contents(cache, 2)[0][12:14]
+    assert not np.any(rows[0] == rows[1])
+
+
+def test_forks_and_frees_move_no_keys(getkey):
+    cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
+    forked, _ = cache.fork(ints((0, 1)), ints((2, 3)))
+    freed = forked.free(jnp.array([True, False, False, True]))
+    cut = freed.truncate(ints((0, 2, 9, 9)))
+    for x in (forked, freed, cut):
+        assert_trees_identical(x.layers, cache.layers)
+    assert cut.kv_lens.tolist() == [0, 2, 9, 0]
+
+
+def test_rows_may_be_plain_integers(getkey):
+    cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
+    a, _ = cache.fork(0, 2)
+    b, _ = cache.fork(jnp.int32(0), jnp.int32(2))
+    assert_trees_identical(a, b)
+
+
+def test_fork_needs_as_many_sources_as_targets(no_type_hook):
+    with pytest.raises(ValueError, match=r"(?s)(?=.*2)(?=.*1)"):
+        empty().fork(ints((0, 1)), ints((2,)))
+
+
+def test_the_callers_cache_is_never_changed(getkey):
+    rng = rng_of(getkey())
+    cache = fill(empty(), (12, 3, 0, 0), rng)
+    before = jax.tree.map(np.array, cache)
+    other, _ = cache.fork(0, 2)
+    other = fill(other, (4, 0, 4, 9), rng).free(jnp.ones(4, bool))
+    assert_trees_identical(cache, before)
+
+
+# --- Saving
+
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", (16, 80))
+def test_saved_rows_come_back(getkey, tmp_path, dtype, head_dim):
+    rng = rng_of(getkey())
+    cache = empty(dtype=jnp.dtype(dtype), head_dim=head_dim)
+    cache = poison_free_pages(fill(cache, (12, 16, 1, 0), rng))
+    cache.save(tmp_path / "rows", [2, 0])
+
+    # Another pool, another number of rows, and other rows in it.
+    other = empty(
+        dtype=jnp.dtype(dtype), head_dim=head_dim, num_pages=30, num_seqs=6, max_len=64
+    )
+    other = fill(other, (0, 9, 0, 0, 0, 0), rng)
+    kept = contents(other, 1)
+    loaded, result = other.load(tmp_path / "rows", [0, 5])
+    assert told(result) == "successful"
+    assert loaded.kv_lens.tolist() == [1, 9, 0, 0, 0, 12]
+    assert_same_contents(loaded, 0, contents(cache, 2))
+    assert_same_contents(loaded, 5, contents(cache, 0))
+    assert_same_contents(loaded, 1, kept)
+    assert int(loaded.table.num_free_pages) == 30 - 2 - 1 - 2
+    # And goes on as any other.
+    loaded = fill(loaded, (9, 1, 1, 0, 0, 20), rng)
+    assert_same_contents(
+        dataclasses.replace(loaded, table=loaded.table.truncate(ints([1] * 5 + [12]))),
+        5,
+        contents(cache, 0),
+    )
+
+
+def test_what_was_shared_is_shared_again(getkey, tmp_path):
+    rng = rng_of(getkey())
+    cache, _ = fill(empty(), (20, 0, 0, 0), rng).fork(ints((0, 0)), ints((1, 2)))
+    cache = fill(cache, (0, 0, 1, 0), rng)
+    cache.save(tmp_path / "rows", [0, 1, 2])
+    loaded, result = empty().load(tmp_path / "rows", [3, 2, 1])
+    assert told(result) == "successful"
+    # Three pages of the first two rows, and the third's copy of the last.
+    assert int(loaded.table.num_free_pages) == 12 - 4
+    assert sorted(loaded.table.ref_counts.tolist()) == [0] * 8 + [1, 2, 3, 3]
+    wanted = contents(cache, 0)
+    loaded = fill(loaded, (0, 0, 4, 0), rng)
+    assert_same_contents(loaded, 3, wanted)
+
+
+def test_rows_without_tokens_can_be_saved(getkey, tmp_path):
+    cache = fill(empty(), (12, 0, 0, 0), rng_of(getkey()))
+    cache.save(tmp_path / "rows", [3, 0])
+    loaded, result = empty().load(tmp_path / "rows", [0, 1])
+    assert told(result) == "successful"
+    assert loaded.kv_lens.tolist() == [0, 12, 0, 0]
+    cache.save(tmp_path / "none", [1])
+    loaded, result = empty().load(tmp_path / "none", [2])
+    assert told(result) == "successful"
+    assert_trees_identical(loaded.table, empty().table)
+
+
+def test_a_file_holds_nothing_of_other_rows(getkey, tmp_path):
+    # The page's tail still holds what a longer sequence left there.
+    import safetensors.numpy
+
+    cache = fill(empty(), (16, 3, 0, 0), rng_of(getkey())).truncate(ints((9, 3, 0, 0)))
+    cache.save(tmp_path / "rows", [0])
+    tensors = safetensors.numpy.load_file(tmp_path / "rows")
+    stored = np.concatenate([x.ravel() for n, x in tensors.items() if "layer" in n])
+    assert np.count_nonzero(stored) == 2 * 2 * 9 * 2 * 16  # layers, k and v, tokens
+
+
+def test_loading_into_rows_in_use_changes_nothing(getkey, tmp_path):
+    cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
+    cache.save(tmp_path / "rows", [0])
+    loaded, result = cache.load(tmp_path / "rows", [1])
+    assert told(result) == "row_in_use"
+    assert_trees_identical(loaded, cache)
+
+
+@pytest.mark.parametrize(
+    "changed, wanted",
+    [(dict(num_pages=1), "out_of_pages"), (dict(max_len=8), "sequence_too_long")],
+)
+def test_loading_what_does_not_fit_changes_nothing(getkey, tmp_path, changed, wanted):
+    fill(empty(), (12, 3, 0, 0), rng_of(getkey())).save(tmp_path / "rows", [0])
+    target = empty(**changed)
+    loaded, result = target.load(tmp_path / "rows", [1])
+    assert told(result) == wanted
+    assert_trees_identical(loaded, target)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(num_layers=3), ("2", "3")),
+        (dict(num_kv_heads=4), ("2", "4")),
+        (dict(head_dim=32), ("16", "32")),
+        (dict(page_size=16), ("8", "16")),
+        (dict(dtype=jnp.bfloat16), ("float32", "bfloat16")),
+    ],
+)
+def test_another_geometry_is_refused_naming_both(getkey, tmp_path, changed, words):
+    fill(empty(), (12, 3, 0, 0), rng_of(getkey())).save(tmp_path / "rows", [0])
+    pattern = "".join(rf"(?=.*{word})" for word in words)
+    with pytest.raises(ValueError, match=f"(?s){pattern}"):
+        empty(**changed).load(tmp_path / "rows", [0])
+
+
+@pytest.mark.parametrize("rows", ([0, 1], [4], [-1], [0, 0], []))
+def test_the_rows_to_load_into_are_checked(getkey, tmp_path, rows):
+    fill(empty(), (12, 3, 0, 0), rng_of(getkey())).save(tmp_path / "rows", [0])
+    with pytest.raises(ValueError):
+        empty().load(tmp_path / "rows", rows)
+
+
+@pytest.mark.parametrize("rows", ([4], [-1], [0, 0]))
+def test_the_rows_to_save_are_checked(tmp_path, rows):
+    with pytest.raises(ValueError):
+        empty().save(tmp_path / "rows", rows)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_damaged_file_is_refused(getkey, tmp_path):
+    cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
+    cache.save(tmp_path / "rows", [0])
+    whole = (tmp_path / "rows").read_bytes()
+    for damaged in (b"", b"nonsense", whole[:40], whole[:-7], whole + b"x"):
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(ValueError):
+            empty().load(tmp_path / "damaged", [0])
+    with pytest.raises(FileNotFoundError):
+        empty().load(tmp_path / "missing", [0])
+
+
+def test_a_file_with_a_wrong_table_is_refused(getkey, tmp_path):
+    import safetensors
+    import safetensors.numpy
+
+    cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
+    cache.save(tmp_path / "rows", [0, 1])
+    with safetensors.safe_open(tmp_path / "rows", "np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    integers = [n for n, x in tensors.items() if x.dtype == np.int32]
+    assert integers
+    for name in integers:
+        for value in (-1, 99, 2**31 - 1):
+            changed = dict(tensors)
+            changed[name] = tensors[name].copy()
+            changed[name].flat[0] = value
+            safetensors.numpy.save_file(changed, tmp_path / "wrong", metadata)
+            with pytest.raises(ValueError):
+                empty().load(tmp_path / "wrong", [0, 1])
+    for name in tensors:
+        changed = {n: x for n, x in tensors.items() if n != name}
+        safetensors.numpy.save_file(changed, tmp_path / "wrong", metadata)
+        with pytest.raises(ValueError):
+            empty().load(tmp_path / "wrong", [0, 1])
+
+
+def test_saving_replaces_an_older_file_and_leaves_no_other(getkey, tmp_path):
+    rng = rng_of(getkey())
+    cache = fill(empty(), (12, 3, 0, 0), rng)
+    cache.save(tmp_path / "rows", [0])
+    cache.save(tmp_path / "rows", [1])
+    assert [x.name for x in tmp_path.iterdir()] == ["rows"]
+    loaded, _ = empty().load(tmp_path / "rows", [0])
+    assert loaded.kv_lens.tolist() == [3, 0, 0, 0]

@@ -1,0 +1,341 @@
+"""Random operations on a page table and a cache, compared with a model after each step.
+
+Shapes are fixed, so that every operation compiles once.
+"""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis.stateful import (
+    initialize,
+    invariant,
+    rule,
+    RuleBasedStateMachine,
+    run_state_machine_as_test,
+)
+
+from . import oracle
+from .helpers import (
+    assert_trees_identical,
+    check_batch,
+    check_table,
+    ints,
+    layer_pools,
+    poison_free_pages,
+    row_tokens,
+    told,
+)
+
+
+NUM_SEQS = 5
+PAGE_SIZE = 8
+PAGES_PER_SEQ = 4
+MAX_LEN = PAGES_PER_SEQ * PAGE_SIZE
+NUM_PAGES = 12  # of the 20 that full rows would need
+SIZES = dict(
+    num_pages=NUM_PAGES,
+    num_seqs=NUM_SEQS,
+    pages_per_seq=PAGES_PER_SEQ,
+    page_size=PAGE_SIZE,
+)
+
+# Mostly small, so that rows stop within a page as well as at its edge; sometimes wrong.
+counts = st.one_of(
+    st.integers(0, 4),
+    st.sampled_from((0, 0, 1, 7, 8, 9, 16)),
+    st.sampled_from((-1, 31, 33, 2**31 - 1)),
+)
+good_counts = st.one_of(st.integers(0, 4), st.sampled_from((0, 0, 1, 7, 8, 9)))
+q_lens_of_a_step = st.one_of(
+    st.lists(good_counts, min_size=NUM_SEQS, max_size=NUM_SEQS),
+    st.lists(counts, min_size=NUM_SEQS, max_size=NUM_SEQS),
+)
+lengths = st.lists(
+    st.one_of(st.integers(0, MAX_LEN), st.sampled_from((-1, 8, 16, 2**31 - 1))),
+    min_size=NUM_SEQS,
+    max_size=NUM_SEQS,
+)
+rows = st.integers(0, NUM_SEQS - 1)
+maybe_rows = st.one_of(rows, rows, rows, st.sampled_from((-1, NUM_SEQS, 2**31 - 1)))
+row_sets = st.lists(st.booleans(), min_size=NUM_SEQS, max_size=NUM_SEQS)
+
+
+def forks_differ_from_sources(src, dst):
+    # Whether a row may be the source of one fork and the target of another is left open.
+    return all(s == d or s not in dst for s, d in zip(src, dst))
+
+
+# --- The page table
+
+
+@jax.jit
+def table_append(table, q_lens):
+    return table.append(q_lens)
+
+
+@jax.jit
+def table_fork(table, src, dst):
+    return table.fork(src, dst)
+
+
+@jax.jit
+def table_truncate(table, kv_lens):
+    return table.truncate(kv_lens)
+
+
+@jax.jit
+def table_free(table, gone):
+    return table.free(gone)
+
+
+class PageTableMachine(RuleBasedStateMachine):
+    @initialize()
+    def start(self):
+        import eqx_paged
+
+        self.table = eqx_paged.PageTable.empty(**SIZES)
+        self.model = oracle.PageTable(**SIZES)
+
+    def take(self, table, result, wanted):
+        assert told(result) == wanted
+        if wanted != "successful":
+            assert_trees_identical(table, self.table)
+        self.table = table
+
+    @rule(q_lens=q_lens_of_a_step)
+    def append(self, q_lens):
+        table, result = table_append(self.table, ints(q_lens))
+        self.take(table, result, self.model.append(q_lens))
+
+    @rule(src=maybe_rows, dst=maybe_rows)
+    def fork(self, src, dst):
+        table, result = table_fork(self.table, ints(src), ints(dst))
+        self.take(table, result, self.model.fork([src], [dst]))
+
+    @rule(src=st.tuples(maybe_rows, maybe_rows), dst=st.tuples(maybe_rows, maybe_rows))
+    def fork_two(self, src, dst):
+        hypothesis.assume(forks_differ_from_sources(src, dst))
+        table, result = table_fork(self.table, ints(src), ints(dst))
+        self.take(table, result, self.model.fork(src, dst))
+
+    @rule(kv_lens=lengths)
+    def truncate(self, kv_lens):
+        self.table = table_truncate(self.table, ints(kv_lens))
+        self.model.truncate(kv_lens)
+
+    @rule(gone=row_sets)
+    def free(self, gone):
+        self.table = table_free(self.table, jnp.array(gone))
+        self.model.free(gone)
+
+    @invariant()
+    def agrees(self):
+        check_table(self.table, self.model)
+
+
+# --- The cache, with what is stored in it
+
+NUM_LAYERS = 2
+NUM_KV_HEADS = 2
+HEAD_DIM = 16
+NUM_TOKENS = 20
+
+
+def stored(values, layer):
+    """What the token with a given number stores as its key in a layer; its value is the
+    negative. Small integers and quarters, which bfloat16 holds exactly."""
+    head = np.arange(NUM_KV_HEADS, dtype=np.float32)[:, None] * 0.25
+    lane = np.arange(HEAD_DIM, dtype=np.float32) % 2 * 0.5
+    xp = jnp if isinstance(values, jax.Array) else np
+    pattern = (head + lane + layer)[None]
+    return xp.asarray(values)[:, None, None] + pattern
+
+
+def write(cache, batch, values):
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        k = stored(values, i).astype(layer.dtype)
+        layers.append(layer.write(k, -k, batch.slots))
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+@jax.jit
+def mixed_step(cache, q_lens, values):
+    cache, batch, result = cache.append(q_lens, NUM_TOKENS)
+    return write(cache, batch, values), batch, result
+
+
+@jax.jit
+def decode_step(cache, q_lens, values):
+    cache, batch, result = cache.append(q_lens)
+    return write(cache, batch, values), batch, result
+
+
+@jax.jit
+def cache_fork(cache, src, dst):
+    return cache.fork(src, dst)
+
+
+@jax.jit
+def cache_truncate(cache, kv_lens):
+    return cache.truncate(kv_lens)
+
+
+@jax.jit
+def cache_free(cache, gone):
+    return cache.free(gone)
+
+
+poison = jax.jit(poison_free_pages)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    dtype = "float32"
+
+    @initialize()
+    def start(self):
+        import eqx_paged
+
+        self.cache = poison(
+            eqx_paged.PagedKVCache.empty(
+                num_layers=NUM_LAYERS,
+                num_pages=NUM_PAGES,
+                page_size=PAGE_SIZE,
+                num_kv_heads=NUM_KV_HEADS,
+                head_dim=HEAD_DIM,
+                num_seqs=NUM_SEQS,
+                max_len=MAX_LEN,
+                dtype=jnp.dtype(self.dtype),
+            )
+        )
+        self.model = oracle.PageTable(**SIZES)
+        self.contents = [[] for _ in range(NUM_SEQS)]  # a number for each token
+        self.next_number = 0
+
+    def new_numbers(self, num):
+        # In -60 .. 60, where bfloat16 holds quarters; more than a row can hold.
+        numbers = [(self.next_number + i) * 7 % 121 - 60 for i in range(num)]
+        self.next_number += num
+        return numbers
+
+    def take(self, cache, result, wanted):
+        assert told(result) == wanted
+        if wanted != "successful":
+            assert_trees_identical(cache, self.cache)
+        self.cache = poison(cache)
+
+    @rule(q_lens=q_lens_of_a_step)
+    def append_mixed(self, q_lens):
+        wanted = self.model.append(q_lens, num_tokens=NUM_TOKENS)
+        ok = wanted == "successful"
+        values = np.full(NUM_TOKENS, np.nan, np.float32)  # padding must be dropped
+        if ok:
+            numbers = self.new_numbers(sum(q_lens))
+            values[: len(numbers)] = numbers
+            for row, n in zip(self.contents, q_lens):
+                row += numbers[:n]
+                numbers = numbers[n:]
+        cache, batch, result = mixed_step(self.cache, ints(q_lens), jnp.asarray(values))
+        check_batch(batch, cache.table, q_lens, kind="mixed", ok=ok, num_tokens=NUM_TOKENS)
+        self.take(cache, result, wanted)
+
+    @rule(
+        q_lens=st.lists(
+            st.sampled_from((0, 1, 1, 1)), min_size=NUM_SEQS, max_size=NUM_SEQS
+        ),
+        wrong=st.sampled_from((None, None, None, None, 2, -1)),
+    )
+    def append_decode(self, q_lens, wrong):
+        if wrong is not None:
+            q_lens = [*q_lens[:-1], wrong]
+        wanted = self.model.append(q_lens, max_q_len=1)
+        ok = wanted == "successful"
+        values = np.full(NUM_SEQS, np.nan, np.float32)
+        if ok:
+            for i in np.flatnonzero(q_lens):
+                (values[i],) = numbers = self.new_numbers(1)
+                self.contents[i] += numbers
+        cache, batch, result = decode_step(self.cache, ints(q_lens), jnp.asarray(values))
+        check_batch(batch, cache.table, q_lens, kind="decode", ok=ok)
+        self.take(cache, result, wanted)
+
+    @rule(src=maybe_rows, dst=maybe_rows)
+    def fork(self, src, dst):
+        self.fork_all([src], [dst], ints(src), ints(dst))
+
+    @rule(src=st.tuples(maybe_rows, maybe_rows), dst=st.tuples(maybe_rows, maybe_rows))
+    def fork_two(self, src, dst):
+        hypothesis.assume(forks_differ_from_sources(src, dst))
+        self.fork_all(src, dst, ints(src), ints(dst))
+
+    def fork_all(self, src, dst, src_array, dst_array):
+        wanted = self.model.fork(src, dst)
+        cache, result = cache_fork(self.cache, src_array, dst_array)
+        self.take(cache, result, wanted)
+        if wanted == "successful":
+            for s, d in zip(src, dst):
+                self.contents[d] = list(self.contents[s])
+
+    @rule(kv_lens=lengths)
+    def truncate(self, kv_lens):
+        self.cache = poison(cache_truncate(self.cache, ints(kv_lens)))
+        self.model.truncate(kv_lens)
+        self.contents = [
+            row[: max(n, 0)] for row, n in zip(self.contents, kv_lens, strict=True)
+        ]
+
+    @rule(gone=row_sets)
+    def free(self, gone):
+        self.cache = poison(cache_free(self.cache, jnp.array(gone)))
+        self.model.free(gone)
+        self.contents = [[] if x else row for row, x in zip(self.contents, gone)]
+
+    @invariant()
+    def agrees(self):
+        check_table(self.cache.table, self.model)
+
+    @invariant()
+    def every_stored_token_is_where_it_belongs(self):
+        indices = np.asarray(self.cache.table.page_indices)
+        for i, (k_pool, v_pool) in enumerate(layer_pools(self.cache)):
+            for row, numbers in zip(indices, self.contents):
+                wanted = stored(np.array(numbers, np.float32), i)
+                k = row_tokens(k_pool, row, len(numbers))
+                v = row_tokens(v_pool, row, len(numbers))
+                np.testing.assert_array_equal(k, wanted)
+                np.testing.assert_array_equal(v, -wanted)
+
+
+class BFloat16CacheMachine(CacheMachine):
+    dtype = "bfloat16"
+
+
+def settings(num_examples, num_steps, **options):
+    return hypothesis.settings(
+        max_examples=num_examples,
+        stateful_step_count=num_steps,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        **options,
+    )
+
+
+MACHINES = (PageTableMachine, CacheMachine, BFloat16CacheMachine)
+every_machine = pytest.mark.parametrize("machine", MACHINES)
+
+
+@every_machine
+def test_random_operations_agree_with_the_model(machine):
+    run_state_machine_as_test(machine, settings=settings(12, 40, derandomize=True))
+
+
+@pytest.mark.slow
+@every_machine
+def test_many_random_operations_agree_with_the_model(machine):
+    run_state_machine_as_test(machine, settings=settings(300, 60, print_blob=True))
