@@ -278,16 +278,20 @@ class PageTable(eqx.Module):
         tail = jnp.take_along_axis(self.page_indices, column[:, None], axis=1)[:, 0]
         holders = self.ref_counts[tail]
         writes = (q_lens > 0) & (self.kv_lens % self.page_size != 0) & (holders > 1)
-        # Rows sorted by the shared page they write to. Where all holders of a page write,
-        # the last of them keeps it.
+        # Rows in the order of the shared page they write to. Where all holders of a page
+        # write, the last of them keeps it.
         rows = jnp.arange(self.num_seqs, dtype=jnp.int32)
         page = jnp.where(writes, tail, self.num_pages + rows)
         order = jnp.argsort(page, stable=True)
-        in_order = page[order]
-        place = jnp.zeros_like(rows).at[order].set(rows)
-        begin = jnp.searchsorted(in_order, page, side="left").astype(jnp.int32)
-        end = jnp.searchsorted(in_order, page, side="right").astype(jnp.int32)
-        keeps = (end - begin == holders) & (place == end - 1)
+        page = page[order]
+        changes = page[1:] != page[:-1]
+        begins, ends = (
+            jnp.pad(changes, pad, constant_values=True) for pad in ((1, 0), (0, 1))
+        )
+        group = jnp.cumsum(begins, dtype=jnp.int32) - 1
+        num_writers = jnp.zeros_like(rows).at[group].add(1)[group]
+        keeps = ends & (num_writers == holders[order])
+        keeps = jnp.zeros_like(writes).at[order].set(keeps)
         return writes & ~keeps, tail
 
     def _check_room(self, q_lens, num_new, max_q_len, num_tokens):
