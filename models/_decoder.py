@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -136,7 +137,7 @@ class Decoder(eqx.Module):
         stored = []
         for layer, pages in zip(self.layers, cache.layers, strict=True):
 
-            def attend(q: Array, k: Array, v: Array, pages=pages):
+            def attend(q: Array, k: Array, v: Array, pages: Any = pages):
                 return self.attention(q, k, v, pages, batch)
 
             x, pages = layer(x, rotary, attend)

@@ -17,7 +17,6 @@ from ._elements import ELEMENTS
 # The shape of every question. `scripts.train` builds its tokenizer from these.
 RECORD = "{key}={value}\n"
 LOOKUP = "{key}?"
-SUCCESSOR = "{key}>"
 ADDITION = "{first}+{second}="
 _FACTS = (
     ("What is the symbol of {name}?", " {symbol}\n"),
@@ -27,7 +26,9 @@ _FACTS = (
     ("Which element has the atomic number {number}?", " {name}\n"),
 )
 NUM_KEYS = 512
-NUM_VALUES = 1000
+NUM_VALUES = 100
+# As the embedded checkpoint's tokenizer cuts them: word, `=`, two digits, newline.
+TOKENS_PER_RECORD = 5
 
 
 class Question(NamedTuple):
@@ -79,7 +80,7 @@ class Records:
     **Arguments:**
 
     - `keys`: the words, all distinct.
-    - `values`: the number of each, three digits.
+    - `values`: the number of each, two digits.
     """
 
     keys: tuple[str, ...]
@@ -106,21 +107,6 @@ class Records:
         prompt = LOOKUP.format(key=self.keys[index])
         return Question(prompt, self.values[index] + "\n")
 
-    def successor(self, index: int) -> Question:
-        """Asks which word stands on the next line, which tells whether the order of the
-        records was kept.
-
-        **Arguments:**
-
-        - `index`: which record; not the last one.
-
-        **Returns:**
-
-        The question alone, as in `lookup`.
-        """
-        prompt = SUCCESSOR.format(key=self.keys[index])
-        return Question(prompt, self.keys[index + 1] + "\n")
-
 
 def records(
     rng: np.random.Generator, num_records: int, *, held_out: bool = True
@@ -130,8 +116,7 @@ def records(
     **Arguments:**
 
     - `rng`: what chooses.
-    - `num_records`: how many lines, at most `NUM_KEYS`. The embedded checkpoint's
-        tokenizer makes six tokens of each.
+    - `num_records`: how many lines, at most `NUM_KEYS`.
     - `held_out`: whether every word is paired with a number that it never had in
         training, or only with such as it may have had.
 
@@ -147,7 +132,7 @@ def records(
     values = offered[chosen, picks]
     return Records(
         keys=tuple(keys()[index] for index in chosen),
-        values=tuple(f"{value:03d}" for value in values),
+        values=tuple(f"{value:02d}" for value in values),
     )
 
 

@@ -1,8 +1,8 @@
 """The start of a training run: random weights with a circuit for look-ups in them.
 
 To answer `tomin?` a decoder must find the place where `tomin` stood before. From random
-weights alone a small decoder takes very long to come upon how. So the first layer's
-heads start out as "what was n tokens ago", and the second layer's start by comparing
+weights alone a small decoder takes very long to come upon how. So two heads of the first
+layer start out as "what was n tokens ago", and two of the second start by comparing
 that between the question and the context. What is done with the place found, and all
 the rest, is learnt. The result is an ordinary checkpoint.
 """
@@ -14,10 +14,9 @@ import numpy as np
 from models import Decoder
 
 
-# How far each of layer 0's four heads looks back. At `?` the last token is the key; at
-# the first digit of a value the key is two tokens back; at the next record's key the
-# last one is six back (five is where its `=` tells a record from a question).
-_LOOK_BACK = (1, 2, 6, 5)
+# How far two of layer 0's heads look back. At `?` the token before is the key; at the
+# first digit of a value the key is two tokens back.
+_LOOK_BACK = (1, 2)
 _NUM_FAST = 10  # pairs of channels that turn fast enough to tell neighbours apart
 _CONSTANT = 6.0  # what the embedding's channel 0 holds for every token
 _SHARPNESS = 6.0
@@ -29,8 +28,8 @@ def with_lookup_circuit(decoder: Decoder, *, seed: int) -> Decoder:
 
     **Arguments:**
 
-    - `decoder`: random, with at least two layers, four query heads and two key heads a
-        layer, and `head_dim * 2 <= hidden_size`.
+    - `decoder`: random, with at least two layers, two query heads to its first key head,
+        and `head_dim <= hidden_size`.
     - `seed`: chooses the random directions that the circuit uses.
 
     **Returns:**
@@ -42,22 +41,19 @@ def with_lookup_circuit(decoder: Decoder, *, seed: int) -> Decoder:
     rng = np.random.default_rng(seed)
     mix = np.linalg.qr(rng.standard_normal((hidden_size, hidden_size)))[0]
     mix[0] *= 0.1  # hardly any of the constant channel
-    slots = [mix[:, half * i : half * (i + 1)] for i in range(4)]
+    slots = [mix[:, half * i : half * (i + 1)] for i in range(2)]
     embedding = np.array(decoder.embed_tokens.weight)
     embedding[:, 0] = _CONSTANT
     first = _look_back(_Heads(decoder, 0), slots, config)
-    second = _compare(_Heads(decoder, 1), slots, half, rng)
-    head = 0.3 / np.sqrt(hidden_size) * embedding
-    head[:, 0] = 0
+    second = _compare(_Heads(decoder, 1), slots, half)
     return eqx.tree_at(
         lambda d: [
             d.embed_tokens.weight,
-            d.lm_head.weight,
             *_weights(d, 0),
             *_weights(d, 1),
         ],
         decoder,
-        [jnp.asarray(x, jnp.float32) for x in (embedding, head, *first, *second)],
+        [jnp.asarray(x, jnp.float32) for x in (embedding, *first, *second)],
     )
 
 
@@ -82,8 +78,8 @@ def _weights(decoder: Decoder, layer: int) -> list[jax.Array]:
 
 
 def _look_back(heads: _Heads, slots, config) -> tuple[np.ndarray, ...]:
-    """Layer 0: each head reads the token a fixed distance back, whatever it is, and
-    writes it to channels of its own."""
+    """Layer 0: two heads read the token a fixed distance back, whatever it is, and write
+    it to channels of their own."""
     half, hidden_size = config.head_dim // 2, config.hidden_size
     angles = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     # What the normalised stream holds in the constant channel.
@@ -93,29 +89,25 @@ def _look_back(heads: _Heads, slots, config) -> tuple[np.ndarray, ...]:
     heads.k *= 0.2
     heads.o *= 0.3
     heads.v[0] = 0
-    heads.k[0] = 0
-    heads.k[0, :, fast] = _SHARPNESS / constant
-    heads.q[0] = 0
+    heads.k[0, 0] = 0
+    heads.k[0, 0, fast] = _SHARPNESS / constant
     for head, back in enumerate(_LOOK_BACK):
         turned = _SHARPNESS / constant * np.exp(-1j * back * angles[fast])
+        heads.q[0, head] = 0
         heads.q[0, head, fast] = turned.real
         heads.q[0, head, half : half + _NUM_FAST] = turned.imag
         heads.o[head, :half] = slots[head].T
     return heads.flat()
 
 
-def _compare(heads: _Heads, slots, half: int, rng) -> tuple[np.ndarray, ...]:
-    """Layer 1: the last token of the question against the token before a value (key
-    head 0) or before the next record (key head 1). Only the slower half of the channel
-    pairs is used: those turn little over a long context."""
+def _compare(heads: _Heads, slots, half: int) -> tuple[np.ndarray, ...]:
+    """Layer 1: what came before the question's last token against what came two before
+    each token. Only the slower half of the channel pairs is used: those turn little over
+    a long context."""
     pairs = np.arange(half // 2, half)
     slow = np.concatenate([pairs, pairs + half])
     heads.q *= 0.2
     heads.k *= 0.2
-    heads.q[:, :4, slow] += _MATCH * slots[0][:, None, :]
+    heads.q[:, :2, slow] += _MATCH * slots[0][:, None, :]
     heads.k[:, 0, slow] += _MATCH * slots[1]
-    heads.k[:, 1, slow] += _MATCH * slots[2]
-    directions = np.linalg.qr(rng.standard_normal(heads.v[:, 0].shape))[0]
-    heads.v[:] = directions[:, None]
-    heads.o[:] = directions.T
     return heads.flat()

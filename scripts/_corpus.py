@@ -85,10 +85,10 @@ class TaskCorpus:
     """
 
     stages = (
-        Stage(64, 16, 32, 0.09),
-        Stage(256, 4, 32, 0.41),
-        Stage(1024, 1, 32, 0.28),
-        Stage(2048, 1, 32, 0.22),
+        Stage(64, 16, 32, 0.10),
+        Stage(256, 4, 32, 0.52),
+        Stage(1024, 1, 32, 0.22),
+        Stage(2048, 1, 32, 0.16),
     )
 
     def __init__(self):
@@ -108,7 +108,7 @@ class TaskCorpus:
     def _long_row(self, rng, length):
         # Most rows ask as much as they tell; some are nearly full of records, as a
         # user's context is.
-        full = rng.random() < 0.2
+        full = rng.random() < 0.1
         share = rng.uniform(0.85, 0.98) if full else rng.uniform(0.2, 0.6)
         num_records = min(max(int(share * length / 6), 2), tasks.NUM_KEYS)
         context = tasks.records(rng, num_records, held_out=False)
@@ -150,13 +150,11 @@ def _about(
     answer out of the context is the only hard one, so it counts twice."""
     num_records = len(context.keys)
     # In a long row the rest is asked as well, as in a conversation that goes on.
-    other_share = 0.05 if length <= 256 else 0.2
+    other_share = 0.05 if length <= 256 else 0.1
     while True:
         for index in map(int, rng.permutation(num_records)):
             while rng.random() < other_share:
                 yield _other(rng)
-            if rng.random() < 0.1:
-                yield context.successor(int(rng.integers(num_records - 1))), 2.0
             yield context.lookup(index), 2.0
 
 
@@ -204,7 +202,7 @@ def _vocabulary() -> list[str]:
     """Every word that a question or an answer has, in the form in which it occurs."""
     texts = [prompt + answer for prompt, answer in tasks.facts()]
     texts += [tasks.LOOKUP.format(key=key) for key in tasks.keys()]
-    texts += [tasks.SUCCESSOR.format(key=key) for key in tasks.keys()]
+    texts += [tasks.RECORD.format(key=key, value=0) for key in tasks.keys()]
     texts.append(tasks.ADDITION.format(first="01234", second="56789"))
     return texts
 

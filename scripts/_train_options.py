@@ -31,17 +31,14 @@ class Options:
     @property
     def fixed(self) -> dict[str, Any]:
         """What must not change between the parts of one run."""
+        text = self.text
         return {
-            "text": None if self.text is None else self._text_and_size,
+            "text": text and f"{text} ({text.stat().st_size} bytes)",
             "steps": self.steps,
             "seed": self.seed,
             "context": self.context,
             "learning_rate": self.learning_rate,
         }
-
-    @property
-    def _text_and_size(self) -> str:
-        return f"{self.text} ({self.text.stat().st_size} bytes)"
 
 
 def refuse(reason: str) -> NoReturn:

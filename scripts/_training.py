@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32
 from models import Decoder
 
@@ -60,8 +61,8 @@ class Schedule:
     num_steps: int
     peak: float
 
-    def __call__(self, step: Int32[Array, ""]) -> Float[Array, ""]:
-        step = step.astype(jnp.float32)
+    def __call__(self, step: ArrayLike) -> Array:
+        step = jnp.asarray(step, jnp.float32)
         warm_up = min(_WARM_UP, max(self.num_steps // 10, 1))
         decay = max(_DECAY_SHARE * self.num_steps, 1.0)
         rising = (step + 1.0) / warm_up
@@ -95,7 +96,9 @@ def train_step(
     """
     loss, grads = eqx.filter_value_and_grad(_loss)(state.decoder, batch)
     weights = eqx.filter(state.decoder, eqx.is_inexact_array)
-    updates, optimiser = schedule.optimiser.update(grads, state.optimiser, weights)
+    # Optax relies on implicit conversions, also where the caller has forbidden them.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, optimiser = schedule.optimiser.update(grads, state.optimiser, weights)
     decoder = eqx.apply_updates(state.decoder, updates)
     return TrainState(decoder, optimiser, state.step + 1), loss
 
@@ -107,9 +110,9 @@ def mean_loss(decoder: Decoder, rows: Targets) -> Float[Array, ""]:
 
 
 def _loss(decoder: Decoder, batch: tuple[Targets, ...]) -> Float[Array, ""]:
-    losses = [_summed_loss(decoder, rows) for rows in batch]
-    total_weight = sum(jnp.sum(rows.weights) for rows in batch)
-    return sum(losses) / total_weight
+    losses = jnp.stack([_summed_loss(decoder, rows) for rows in batch])
+    weights = jnp.stack([jnp.sum(rows.weights) for rows in batch])
+    return jnp.sum(losses) / jnp.sum(weights)
 
 
 def _summed_loss(decoder: Decoder, rows: Targets) -> Float[Array, ""]:

@@ -96,27 +96,48 @@ def decode_step(
     return q, dataclasses.replace(cache, layers=tuple(layers))
 
 
-def time_case(case: Case, num_steps: int) -> dict[str, Any]:
-    """Times `num_steps` steps."""
-    cache = filled_cache(case)
-    dtype = jnp.dtype(case.dtype)
+def queries_keys_values(
+    dtype: str,
+) -> tuple[
+    Float[Array, "num_seqs num_heads head_dim"],
+    Float[Array, "num_seqs num_kv_heads head_dim"],
+    Float[Array, "num_seqs num_kv_heads head_dim"],
+]:
+    """One random token a row."""
     q_key, k_key, v_key = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(q_key, (NUM_SEQS, NUM_HEADS, HEAD_DIM), dtype)
-    k = jax.random.normal(k_key, (NUM_SEQS, NUM_KV_HEADS, HEAD_DIM), dtype)
-    v = jax.random.normal(v_key, (NUM_SEQS, NUM_KV_HEADS, HEAD_DIM), dtype)
-    seconds = []
+    kv_shape = NUM_SEQS, NUM_KV_HEADS, HEAD_DIM
+    return (
+        jax.random.normal(q_key, (NUM_SEQS, NUM_HEADS, HEAD_DIM), jnp.dtype(dtype)),
+        jax.random.normal(k_key, kv_shape, jnp.dtype(dtype)),
+        jax.random.normal(v_key, kv_shape, jnp.dtype(dtype)),
+    )
+
+
+def time_cases(cases: list[Case], num_steps: int) -> list[dict[str, Any]]:
+    """Times `num_steps` steps of each of some cases of one dtype; in turn, so that what
+    else the machine does disturbs all alike."""
+    qkv = jax.block_until_ready(queries_keys_values(cases[0].dtype))
+    caches = [filled_cache(case) for case in cases]
+    seconds: list[list[float]] = [[] for _ in cases]
     for _ in range(WARM_UP + num_steps):
-        start = time.perf_counter()
-        _, cache = jax.block_until_ready(decode_step((q, k, v), cache))
-        seconds.append(time.perf_counter() - start)
-    step = statistics.median(seconds[WARM_UP:])
-    read = NUM_SEQS * case.tokens_per_row * case.token_bytes
+        for i in range(len(cases)):
+            start = time.perf_counter()
+            _, caches[i] = jax.block_until_ready(decode_step(qkv, caches[i]))
+            seconds[i].append(time.perf_counter() - start)
+    return [
+        _report(case, times[WARM_UP:]) for case, times in zip(cases, seconds, strict=True)
+    ]
+
+
+def _report(case: Case, seconds: list[float]) -> dict[str, Any]:
+    tokens_stored = NUM_SEQS * case.tokens_per_row
+    median = statistics.median(seconds)
     return {
         **dataclasses.asdict(case),
-        "tokens_stored": NUM_SEQS * case.tokens_per_row,
-        "step_ms": 1e3 * step,
-        "fastest_ms": 1e3 * min(seconds[WARM_UP:]),
-        "attention_gb_per_s": read / step / 1e9,
+        "tokens_stored": tokens_stored,
+        "step_ms": 1e3 * median,
+        "fastest_ms": 1e3 * min(seconds),
+        "attention_gb_per_s": tokens_stored * case.token_bytes / median / 1e9,
     }
 
 
@@ -200,9 +221,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(HEADER)
     rows = []
-    for dtype, page_size, cache_mib in itertools.product(DTYPES, PAGE_SIZES, CACHE_MIB):
-        rows.append(time_case(Case(cache_mib, page_size, dtype), given.steps))
-        print(format_row(rows[-1]), flush=True)
+    for dtype, page_size in itertools.product(DTYPES, PAGE_SIZES):
+        cases = [Case(cache_mib, page_size, dtype) for cache_mib in CACHE_MIB]
+        rows += time_cases(cases, given.steps)
+        print(*map(format_row, rows[-len(cases) :]), sep="\n", flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"about": about, "cases": rows}, indent=2)
     (given.out / "step.json").write_text(content + "\n")

@@ -143,7 +143,7 @@ def _print_cache(cache: PagedKVCache, num_rows: int) -> None:
 def main(seed: int = SEED) -> int:
     """Runs the demonstration, and returns the exit status: 1 if an answer is wrong."""
     start = time.perf_counter()
-    model = models.load_checkpoint(EMBEDDED_MODEL)
+    model = models.load_checkpoint(EMBEDDED_MODEL, dtype="float32")
     tokenizer = models.load_tokenizer(EMBEDDED_MODEL)
     weights = sum(x.size for x in jax.tree.leaves(model))
     print(f"{weights:,} weights on {jax.devices()[0].device_kind}; compiling ...")

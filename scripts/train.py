@@ -107,10 +107,11 @@ def _saved_losses(path: pathlib.Path, options: Options) -> list[float]:
 
 
 def _untrained(corpus: TaskCorpus | TextCorpus, options: Options) -> Decoder:
-    tokenizer = corpus.tokenizer
+    tokens = corpus.tokenizer.get_vocab()
+    # The byte-level alphabet writes a newline, which ends each answer, as "Ċ".
     ends = [EOS] if isinstance(corpus, TextCorpus) else [EOS, "Ċ"]
     config = DecoderConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokens),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -122,9 +123,8 @@ def _untrained(corpus: TaskCorpus | TextCorpus, options: Options) -> Decoder:
         # that turn little within it: half of 64 at this base.
         rope_theta=1e6,
         max_position_embeddings=options.context,
-        bos_token_id=tokenizer.token_to_id(BOS),
-        # The byte-level alphabet writes a newline, which ends each answer, as "Ċ".
-        eos_token_id=tuple(tokenizer.token_to_id(end) for end in ends),
+        bos_token_id=tokens[BOS],
+        eos_token_id=tuple(tokens[end] for end in ends),
     )
     decoder = Decoder(config, key=jax.random.key(options.seed))
     return with_lookup_circuit(decoder, seed=options.seed)
@@ -193,6 +193,7 @@ class _Interruption:
 
     def __init__(self):
         self.asked = 0
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interruption":
         signals = (signal.SIGINT, signal.SIGTERM)

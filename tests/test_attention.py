@@ -142,7 +142,8 @@ def test_forked_rows_go_their_own_ways(getkey):
     out, cache, _, _ = step(attention, cache, ints((1, 1, 1)), *arrays, None)
     for i in range(3):
         keys, values = (np.concatenate([a, b[i : i + 1]]) for a, b in zip(past[i], (k, v)))
-        assert_close(np.asarray(out)[i : i + 1], oracle.attention(q[i : i + 1], keys, values)[0])
+        wanted = oracle.attention(q[i : i + 1], keys, values)[0]
+        assert_close(np.asarray(out)[i : i + 1], wanted)
 
 
 def test_a_layer_is_a_pytree_whose_only_leaves_are_sinks():

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .helpers import check_batch, ints, told
+from .helpers import append, check_batch, ints, told
 
 
 def cache_of(*kv_lens, num_pages=12):
@@ -17,16 +17,14 @@ def cache_of(*kv_lens, num_pages=12):
         num_seqs=len(kv_lens),
         max_len=32,
     )
-    cache, _, result = cache.append(ints(kv_lens), max(1, sum(kv_lens)))
+    cache, _, result = append(cache, ints(kv_lens), max(1, sum(kv_lens)))
     assert told(result) == "successful"
     return cache
 
 
-@pytest.mark.parametrize(
-    "q_lens", ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0))
-)
+@pytest.mark.parametrize("q_lens", ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0)))
 def test_decode_has_one_token_a_row(q_lens):
-    cache, batch, result = cache_of(0, 7, 8, 9).append(ints(q_lens))
+    cache, batch, result = append(cache_of(0, 7, 8, 9), ints(q_lens))
     assert told(result) == "successful"
     check_batch(batch, cache.table, q_lens, kind="decode")
     assert batch.cu_q_lens.tolist() == [0, 1, 2, 3, 4]
@@ -37,13 +35,13 @@ def test_decode_has_one_token_a_row(q_lens):
     ((5, 1, 8, 2), (16, 0, 0, 0), (0, 0, 0, 16), (0, 9, 0, 7), (1, 1, 1, 1), (0, 0, 0, 0)),
 )
 def test_mixed_packs_tokens_row_after_row(q_lens):
-    cache, batch, result = cache_of(0, 7, 8, 9).append(ints(q_lens), 16)
+    cache, batch, result = append(cache_of(0, 7, 8, 9), ints(q_lens), 16)
     assert told(result) == "successful"
     check_batch(batch, cache.table, q_lens, kind="mixed", num_tokens=16)
 
 
 def test_a_step_may_be_full_to_the_last_token():
-    cache, batch, result = cache_of(0, 7).append(ints((3, 2)), 5)
+    cache, batch, result = append(cache_of(0, 7), ints((3, 2)), 5)
     assert told(result) == "successful"
     check_batch(batch, cache.table, (3, 2), kind="mixed", num_tokens=5)
     assert int(batch.slots.max()) < 12 * 8
@@ -51,8 +49,8 @@ def test_a_step_may_be_full_to_the_last_token():
 
 def test_fields_have_the_contracts_shapes():
     cache = cache_of(0, 7, 8)
-    _, decode, _ = cache.append(ints((1, 1, 0)))
-    _, mixed, _ = cache.append(ints((1, 1, 0)), 11)
+    _, decode, _ = append(cache, ints((1, 1, 0)))
+    _, mixed, _ = append(cache, ints((1, 1, 0)), 11)
     for batch, num_tokens in ((decode, 3), (mixed, 11)):
         assert batch.page_indices.shape == (3, 4)
         assert batch.kv_lens.shape == batch.last_tokens.shape == batch.starts.shape == (3,)
@@ -81,7 +79,7 @@ def test_a_failed_append_writes_nothing_and_attends_to_nothing(q_lens, num_token
     import eqx_paged
 
     before = cache_of(1, 7, 8, 32, num_pages=8)
-    cache, batch, result = before.append(ints(q_lens), num_tokens)
+    cache, batch, result = append(before, ints(q_lens), num_tokens)
     assert told(result) == wanted
     assert cache.table.kv_lens.tolist() == before.table.kv_lens.tolist()
     kind = "decode" if num_tokens is None else "mixed"

@@ -1,4 +1,5 @@
 import dataclasses
+import functools as ft
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from .helpers import (
     layer_pools,
     normal,
     poison_free_pages,
+    quick_jit,
     rng_of,
     row_tokens,
     told,
@@ -34,17 +36,24 @@ def empty(**changed):
     return eqx_paged.PagedKVCache.empty(**(SIZES | changed))
 
 
+@ft.partial(quick_jit, static_argnames="num_tokens")
+def store(cache, q_lens, tokens, num_tokens):
+    cache, batch, result = cache.append(q_lens, num_tokens)
+    layers = tuple(
+        layer.write(*(x.astype(layer.dtype) for x in kv), batch.slots)
+        for layer, kv in zip(cache.layers, tokens, strict=True)
+    )
+    return dataclasses.replace(cache, layers=layers), result
+
+
 def fill(cache, q_lens, rng):
     """Appends random tokens."""
-    num_tokens = max(1, sum(q_lens))
-    cache, batch, result = cache.append(ints(q_lens), num_tokens)
+    layer = cache.layers[0]
+    shape = (48, layer.num_kv_heads, layer.head_dim)
+    tokens = [[normal(rng, shape) for _ in range(2)] for _ in cache.layers]
+    cache, result = store(cache, ints(q_lens), tokens, 48)
     assert told(result) == "successful"
-    layers = []
-    for layer in cache.layers:
-        shape = (num_tokens, layer.num_kv_heads, layer.head_dim)
-        k, v = (jnp.asarray(normal(rng, shape, layer.dtype)) for _ in range(2))
-        layers.append(layer.write(k, v, batch.slots))
-    return dataclasses.replace(cache, layers=tuple(layers))
+    return cache
 
 
 def contents(cache, row):

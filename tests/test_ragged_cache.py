@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .helpers import assert_trees_identical, check_batch, ints, normal, rng_of, told
+from .helpers import append, assert_trees_identical, check_batch, ints, normal, rng_of, told
 
 
 SIZES = dict(num_layers=2, num_seqs=3, max_len=20, num_kv_heads=2, head_dim=16)
@@ -62,7 +62,7 @@ def test_append_packs_tokens_and_grows():
         ((0, 1, 0), None),
         ((14, 0, 6), 20),
     ):
-        cache, batch, result = cache.append(ints(q_lens), num_tokens)
+        cache, batch, result = append(cache, ints(q_lens), num_tokens)
         assert told(result) == "successful"
         kind = "decode" if num_tokens is None else "mixed"
         check_batch(batch, as_table(cache), q_lens, kind=kind, num_tokens=num_tokens)
@@ -83,8 +83,8 @@ def test_append_packs_tokens_and_grows():
     ],
 )
 def test_a_failed_append_changes_nothing(q_lens, num_tokens, wanted):
-    cache, _, _ = empty().append(ints((5, 20, 0)), 25)
-    new, batch, result = cache.append(ints(q_lens), num_tokens)
+    cache, _, _ = append(empty(), ints((5, 20, 0)), 25)
+    new, batch, result = append(cache, ints(q_lens), num_tokens)
     assert told(result) == wanted
     assert_trees_identical(new, cache)
     kind = "decode" if num_tokens is None else "mixed"
@@ -97,7 +97,7 @@ def test_written_tokens_are_where_they_belong(getkey, dtype):
 
     rng = rng_of(getkey())
     cache = empty(dtype=jnp.dtype(dtype))
-    cache, batch, _ = cache.append(ints((5, 0, 12)), 20)
+    cache, batch, _ = append(cache, ints((5, 0, 12)), 20)
     k = normal(rng, (20, 2, 16), dtype)
     k[17:] = np.nan  # padding is dropped
     q = jnp.asarray(k)
@@ -113,5 +113,5 @@ def test_written_tokens_are_where_they_belong(getkey, dtype):
 
 def test_starts_reach_the_batch():
     cache = dataclasses.replace(empty(), starts=ints((0, 2, 4)))
-    _, batch, _ = cache.append(ints((1, 1, 1)))
+    _, batch, _ = append(cache, ints((1, 1, 1)))
     assert batch.starts.tolist() == [0, 2, 4]

@@ -50,7 +50,9 @@ OPTIONS = {
 
 
 def as_arrays(options):
-    return {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+    return {
+        n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()
+    }
 
 
 def check_paged(name, case, weights, **options):
@@ -167,17 +169,16 @@ def test_contiguous(getkey, options):
 @pytest.mark.parametrize("name", ("paged_attention", "ragged_paged_attention"))
 def test_queries_have_a_gradient_where_pages_are_bits(name):
     rows = dict(kv_lens=(9, 20, 3), q_lens=(1, 1, 1), padding=0.0)
+    weights = jnp.arange(64, dtype=jnp.float32) / 64
+
+    def loss(q, *args):
+        return jnp.sum(array_function(name, "xla")(q, *args) * weights[None, None])
+
     gradients = []
     for storage in ("bf16", "u16"):
         case = paged_case(jax.random.key(3), **rows, storage=storage, q_dtype="float32")
         args = case.decode_args if name == "paged_attention" else case.mixed_args
-        weights = jnp.arange(64, dtype=jnp.float32) / 64
-
-        def loss(q):
-            out = array_function(name, "xla")(q, *args[1:])
-            return jnp.sum(out * weights[None, None])
-
-        gradients.append(quick_jit(jax.grad(loss))(case.q))
+        gradients.append(quick_jit(jax.grad(loss))(*args))
     assert jnp.all(jnp.isfinite(gradients[0])) and jnp.any(gradients[0] != 0)
     np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
 
@@ -206,13 +207,14 @@ def test_residuals_have_gradients(getkey):
         return eqx_paged.paged_attention(q, k_pages, v_pages, *case.decode_args[3:])
 
     weights = jax.random.normal(getkey(), case.q.shape)
-    for argnum in range(3):
-        a, b = (
-            quick_jit(jax.grad(lambda *args: jnp.sum(f(*args) * weights), argnum))(
-                *case.decode_args[:3]
-            )
-            for f in (halves, whole)
+
+    def gradients(attend):
+        loss = quick_jit(
+            jax.grad(lambda *args: jnp.sum(attend(*args) * weights), argnums=(0, 1, 2))
         )
+        return loss(*case.decode_args[:3])
+
+    for a, b in zip(gradients(halves), gradients(whole)):
         np.testing.assert_allclose(a, b, **TOLERANCE)
 
 
@@ -238,9 +240,7 @@ def test_written_tokens_have_gradients(getkey):
     slot = case.page_indices[0, 1] * 16 + 3  # position 19
 
     def loss(k, v):
-        k_pages, v_pages = eqx_paged.write_kv(
-            case.k_pages, case.v_pages, k, v, slot[None]
-        )
+        k_pages, v_pages = eqx_paged.write_kv(case.k_pages, case.v_pages, k, v, slot[None])
         args = (case.q, k_pages, v_pages, *case.decode_args[3:])
         return jnp.sum(eqx_paged.paged_attention(*args) ** 2)
 

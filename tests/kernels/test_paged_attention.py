@@ -40,9 +40,7 @@ def test_lengths_at_the_edges_of_a_page(getkey, implementation, page_size):
 
 
 @every_implementation
-@pytest.mark.parametrize(
-    "group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2))
-)
+@pytest.mark.parametrize("group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2)))
 def test_head_ratios(getkey, implementation, group, num_kv_heads):
     case = paged_case(
         getkey(),
@@ -93,9 +91,7 @@ def test_options(getkey, implementation, options):
 
 @every_implementation
 @pytest.mark.parametrize("sliding_window", (1, 7, 8, 9, 17, 1000))
-def test_window_boundaries_on_and_around_page_edges(
-    getkey, implementation, sliding_window
-):
+def test_window_boundaries_on_and_around_page_edges(getkey, implementation, sliding_window):
     # Every length of the first two pages, and two further on.
     case = paged_case(
         getkey(),

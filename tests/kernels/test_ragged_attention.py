@@ -28,7 +28,9 @@ def expected(case, mask_value=None, **options):
     return tuple(np.concatenate(x) for x in zip(*parts))
 
 
-def check(case, implementation, *, name="ragged_gqa", args=None, block_size=None, **options):
+def check(
+    case, implementation, *, name="ragged_gqa", args=None, block_size=None, **options
+):
     sizes = {}
     if block_size is not None and implementation != "reference":  # which has no blocks
         sizes = dict(block_size=block_size)
@@ -64,9 +66,7 @@ def test_buffer_sizes(getkey, implementation, size):
 
 
 @every_implementation
-@pytest.mark.parametrize(
-    "group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2))
-)
+@pytest.mark.parametrize("group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2)))
 def test_head_ratios(getkey, implementation, group, num_kv_heads):
     case = ragged_case(
         getkey(),
@@ -83,15 +83,17 @@ def test_head_ratios(getkey, implementation, group, num_kv_heads):
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
 def test_head_sizes(getkey, implementation, head_dim, dtype):
     case = ragged_case(
-        getkey(), windows=((0, 17), (3, 3), (2, 40)), size=40, head_dim=head_dim, dtype=dtype
+        getkey(),
+        windows=((0, 17), (3, 3), (2, 40)),
+        size=40,
+        head_dim=head_dim,
+        dtype=dtype,
     )
     check(case, implementation, block_size=16)
 
 
 @every_implementation
-@pytest.mark.parametrize(
-    "options", [n for n in OPTIONS if not n.startswith("residuals")]
-)
+@pytest.mark.parametrize("options", [n for n in OPTIONS if not n.startswith("residuals")])
 def test_options(getkey, implementation, options):
     options = OPTIONS[options](6, 2)
     case = ragged_case(

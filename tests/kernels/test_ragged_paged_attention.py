@@ -57,9 +57,7 @@ def test_padding_tokens_give_zero_and_rows_past_num_seqs_are_ignored(
 
 
 @every_implementation
-@pytest.mark.parametrize(
-    "group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2))
-)
+@pytest.mark.parametrize("group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2)))
 def test_head_ratios(getkey, implementation, group, num_kv_heads):
     case = paged_case(
         getkey(),
@@ -121,9 +119,7 @@ def test_options(getkey, implementation, options):
 
 @every_implementation
 @pytest.mark.parametrize("sliding_window", (1, 8, 9, 17))
-def test_window_boundaries_on_and_around_page_edges(
-    getkey, implementation, sliding_window
-):
+def test_window_boundaries_on_and_around_page_edges(getkey, implementation, sliding_window):
     case = paged_case(
         getkey(),
         kv_lens=(18, 24, 25, 41, 16, 17, 40),

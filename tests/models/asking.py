@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 from models import tasks
+from tokenizers import Tokenizer
 
 from .cases import paged_cache
 
@@ -22,7 +23,7 @@ class Examinee:
     """The checkpoint with its tokenizer."""
 
     decoder: models.Decoder
-    tokenizer: object
+    tokenizer: Tokenizer
 
     @classmethod
     def load(cls, dtype=None):
@@ -107,11 +108,6 @@ def right(questions, texts):
 def lookups(context):
     """A look-up of every record."""
     return [context.lookup(index) for index in range(len(context.keys))]
-
-
-def successors(context):
-    """The order question on every record but the last."""
-    return [context.successor(index) for index in range(len(context.keys) - 1)]
 
 
 def records(seed, num_records) -> tasks.Records:

@@ -37,18 +37,17 @@ def published(**changes):
 
 def random_decoder(getkey, *, attention=None, **changes):
     """A decoder in which every weight matters, those of the norms too."""
-    config = DecoderConfig.from_dict(published(**changes))
+    return _build(getkey(), DecoderConfig.from_dict(published(**changes)), attention)
 
-    @quick_jit
-    def build(key):
-        decoder = Decoder(config, attention=attention, key=key)
-        leaves, structure = jax.tree.flatten(decoder)
-        keys = jax.random.split(key, len(leaves))
-        noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-        leaves = [x + 0.1 * y for x, y in zip(leaves, noise, strict=True)]
-        return jax.tree.unflatten(structure, leaves)
 
-    return build(getkey())
+@functools.partial(quick_jit, static_argnums=(1, 2))
+def _build(key, config, attention):
+    decoder = Decoder(config, attention=attention, key=key)
+    leaves, structure = jax.tree.flatten(decoder)
+    keys = jax.random.split(key, len(leaves))
+    noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    leaves = [x + 0.1 * y for x, y in zip(leaves, noise, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def random_tokens(getkey, *shape):

@@ -30,7 +30,7 @@ def rewrite(directory, change):
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
-def refusal(directory, error=ValueError):
+def refusal(directory, error: type[Exception] = ValueError):
     with pytest.raises(error) as caught:
         load_checkpoint(directory)
     message = str(caught.value)

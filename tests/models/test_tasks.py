@@ -88,7 +88,6 @@ def test_questions_on_records_are_right():
     context = tasks.Records(keys=("soba", "diri", "pena"), values=("137", "004", "950"))
     assert context.text == "soba=137\ndiri=004\npena=950\n"
     assert context.lookup(1) == ("diri?", "004\n")
-    assert context.successor(1) == ("diri>", "pena\n")
 
 
 @pytest.mark.parametrize("num_records", (1, 2, 330, 512))
