@@ -12,6 +12,7 @@ from ._batch import RaggedBatch
 from ._kv_pages import KVPages
 from ._ragged_cache import RaggedKV
 from ._types import Implementation
+from .kernels._arguments import check_equal
 from .kernels.paged_attention import paged_attention
 from .kernels.ragged_attention import ragged_gqa
 from .kernels.ragged_attention.api import ragged_chunk_attention
@@ -53,6 +54,7 @@ class PagedAttention(eqx.Module):
 
         The output, which is 0 for padding and idle rows, and the new pages.
         """
+        check_equal("head_dim of q", q.shape[-1], "of the cache", pages.head_dim)
         pages = pages.write(k, v, batch.slots, implementation=self.implementation)
         options = _options_of(self)
         where = (pages.k_pages, pages.v_pages, batch.kv_lens, batch.page_indices)

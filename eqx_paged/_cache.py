@@ -125,9 +125,12 @@ class PagedKVCache(eqx.Module):
         The new cache, the step's addresses and `successful`. Or this cache, addresses that
         write nothing and attend to nothing, and `invalid_argument`, `too_many_tokens`,
         `sequence_too_long` or `out_of_pages`.
+
+        !!! info
+
+            The copies are a loop of as many turns as there are, which has no reverse-mode
+            gradient under `jit`. Differentiate the array functions, or a single step.
         """
-        if num_tokens is not None:
-            check_positive(num_tokens=num_tokens)
         table, copies, result = self.table.reserve(
             q_lens,
             max_q_len=1 if num_tokens is None else num_tokens,

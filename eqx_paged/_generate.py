@@ -108,7 +108,8 @@ def generate(
     - `stop_tokens`: tokens after which a row is done.
     - `sampler`: `(logits, key) -> tokens`. Pass the same function object each time: another
         one, an equal lambda included, compiles again.
-    - `key`: for the sampler, split for each step. May be None if the sampler needs none.
+    - `key`: for the sampler, split for each step that makes tokens. May be None if the
+        sampler needs none.
     - `prefill_chunk`: how many prompt tokens to read a step, of all prompts together.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
 
@@ -130,23 +131,23 @@ def generate(
 
         ```python
         @eqx.filter_jit(donate="all-except-first")
-        def run(model, cache, prompts, prompt_lens):
+        def run(inputs, cache):
+            model, prompts, prompt_lens = inputs
             return eqx_paged.generate(
                 model, cache, prompts, prompt_lens, max_new_tokens=64, throw=False
             )
         ```
     """
+    _check_arguments(prompts, prompt_lens, cache.num_seqs, max_new_tokens, prefill_chunk)
     num_prompts, max_prompt_len = prompts.shape
-    _check_arguments(prompts.shape, cache.num_seqs, max_new_tokens, prefill_chunk)
-    arguments = (cache, prompts, prompt_lens)
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
-    if throw and traced:
+    arguments = (model, cache, prompts, prompt_lens, stop_tokens, key)
+    if throw and _is_traced(arguments):
         raise ValueError("generate needs throw=False under jit: it cannot raise there.")
     if throw:
         _check_prompts_fit(cache, max_prompt_len, np.asarray(prompt_lens))
     # Rows and not prompts, and outside the program: another number of prompts is no
     # other program.
-    xp = jnp if traced else np
+    xp = jnp if _is_traced((prompts, prompt_lens)) else np
     extra = cache.num_seqs - num_prompts
     prompts = xp.pad(xp.asarray(prompts, xp.int32), ((0, extra), (0, 0)))
     prompt_lens = xp.pad(xp.asarray(prompt_lens, xp.int32), (0, extra))
@@ -167,6 +168,7 @@ def generate(
             "`throw=False` returns them."
         )
     if extra > 0:
+        xp = jnp if _is_traced(tokens) else np
         tokens, lengths = (xp.asarray(x)[:num_prompts] for x in (tokens, lengths))
     generation = Generation(jnp.asarray(tokens), jnp.asarray(lengths), result)
     return generation, cache
@@ -216,7 +218,7 @@ def _run(
             lengths=lengths,
             last=jnp.where(made, new, rows.last),
             running=jnp.where(made, goes_on, rows.running),
-            step=rows.step + 1,
+            step=rows.step + jnp.any(made).astype(jnp.int32),
         )
 
     def prefill(rows):
@@ -274,8 +276,20 @@ def _result_of_prompts(cache, max_prompt_len, prompt_lens):
     return RESULTS.where(too_long, RESULTS.invalid_argument, result)
 
 
-def _check_arguments(prompts_shape, num_seqs, max_new_tokens, prefill_chunk):
-    num_prompts, max_prompt_len = prompts_shape
+def _is_traced(tree):
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def _check_arguments(prompts, prompt_lens, num_seqs, max_new_tokens, prefill_chunk):
+    if prompts.ndim != 2 or prompt_lens.shape != prompts.shape[:1]:
+        raise ValueError(
+            "prompts must be [num_prompts, max_prompt_len] and prompt_lens [num_prompts], "
+            f"but their shapes are {prompts.shape} and {prompt_lens.shape}."
+        )
+    for name, array in (("prompts", prompts), ("prompt_lens", prompt_lens)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, but is {array.dtype}.")
+    num_prompts, max_prompt_len = prompts.shape
     if not 1 <= num_prompts <= num_seqs:
         raise ValueError(
             f"There are {num_prompts} prompts, but the cache has {num_seqs} rows."
@@ -304,9 +318,19 @@ def _check_prompts_fit(cache, max_prompt_len, prompt_lens):
     if isinstance(cache, PagedKVCache):
         size = cache.page_size
         needed = int(np.sum(-(-(held + prompt_lens) // size) - -(-held // size)))
+        needed += _num_copies(cache.table, held, prompt_lens)
         num_free = int(cache.table.num_free_pages)
         if needed > num_free:
             raise ValueError(
                 f"The prompts need {needed} pages of {size} tokens, but {num_free} are "
                 "free."
             )
+
+
+def _num_copies(table, held, prompt_lens):
+    """Pages that the prompts' rows share with others, and must copy to write to."""
+    writers = np.flatnonzero((prompt_lens > 0) & (held % table.page_size > 0))
+    tails = np.asarray(table.page_indices)[writers, held[writers] // table.page_size]
+    pages, counts = np.unique(tails, return_counts=True)
+    # Where all holders write, one of them keeps the page.
+    return int(np.sum(counts - (counts == np.asarray(table.ref_counts)[pages])))

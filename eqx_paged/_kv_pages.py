@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ._page_table import check_page_size, check_positive
 from ._types import Implementation
+from .kernels._arguments import check_equal
 from .kernels._pages import page_size_of, storage_dtype, storage_shape, value_dtype
 from .kernels.write_kv import write_kv
 
@@ -96,7 +97,12 @@ class KVPages(eqx.Module):
         **Returns:**
 
         A new `KVPages`. `self` is unchanged.
+
+        **Raises:**
+
+        `ValueError` for keys and values that do not fit these pages.
         """
+        check_equal("head_dim of k", k.shape[-1], "of the cache", self.head_dim)
         k_pages, v_pages = write_kv(
             self.k_pages, self.v_pages, k, v, slots, implementation=implementation
         )

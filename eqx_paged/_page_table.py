@@ -136,6 +136,11 @@ class PageTable(eqx.Module):
         The new table; the copies to make, at most one a row; and the result, which may
         also be `too_many_tokens`.
         """
+        check_per_row("q_lens", q_lens, self.num_seqs)
+        if max_q_len is not None:
+            check_positive(max_q_len=max_q_len)
+        if num_tokens is not None:
+            check_positive(num_tokens=num_tokens)
         old_pages = _ceil_div(self.kv_lens, self.page_size)
         copying, tail = self._rows_to_copy(q_lens)
         kv_lens = self.kv_lens + q_lens
@@ -185,20 +190,25 @@ class PageTable(eqx.Module):
 
         **Arguments:**
 
-        - `src`, `dst`: rows; several forks at once if they are arrays. Rows `dst` must be
-            empty, each named once, and not among its own `src`.
+        - `src`, `dst`: rows; several forks at once if they are arrays, all from the table
+            as it is before them. Rows `dst` must be empty, each named once, and none of
+            them its own `src`.
 
         **Returns:**
 
         The new table and `successful`; or this table and `invalid_argument` or
         `row_in_use`.
         """
-        src = jnp.atleast_1d(jnp.asarray(src, jnp.int32))
-        dst = jnp.atleast_1d(jnp.asarray(dst, jnp.int32))
-        if src.shape != dst.shape:
+        src, dst = jnp.asarray(src), jnp.asarray(dst)
+        if src.shape != dst.shape or src.ndim > 1:
             raise ValueError(
-                f"src and dst must have one shape, but have {src.shape} and {dst.shape}."
+                "src and dst must be rows, or lists of rows of one length, but have shapes "
+                f"{src.shape} and {dst.shape}."
             )
+        for name, rows in (("src", src), ("dst", dst)):
+            if not jnp.issubdtype(rows.dtype, jnp.integer):
+                raise ValueError(f"{name} must be integers, but is {rows.dtype}.")
+        src, dst = (jnp.atleast_1d(rows.astype(jnp.int32)) for rows in (src, dst))
         unknown = (src < 0) | (src >= self.num_seqs) | (dst < 0) | (dst >= self.num_seqs)
         in_use = (self.kv_lens.at[dst].get(mode="clip") > 0) | (src == dst)
         result = first_of(
@@ -230,6 +240,7 @@ class PageTable(eqx.Module):
 
         The new table.
         """
+        check_per_row("kv_lens", kv_lens, self.num_seqs)
         kv_lens = jnp.clip(kv_lens, 0, self.kv_lens)
         first_slots = self._columns() * self.page_size
         kept = first_slots < kv_lens[:, None]
@@ -261,6 +272,7 @@ class PageTable(eqx.Module):
 
         The new table.
         """
+        check_mask(rows, self.num_seqs)
         return self.truncate(jnp.where(rows, 0, self.kv_lens))
 
     def _columns(self) -> Int32[Array, "1 pages_per_seq"]:
@@ -313,6 +325,22 @@ def check_positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, but is {count}.")
+
+
+def check_per_row(name: str, counts: Array, num_seqs: int) -> None:
+    if counts.shape != (num_seqs,) or counts.dtype != jnp.int32:
+        raise ValueError(
+            f"{name} must be int32 of shape {(num_seqs,)}, one count a row, but is "
+            f"{counts.dtype} of shape {counts.shape}."
+        )
+
+
+def check_mask(rows: Array, num_seqs: int) -> None:
+    if rows.shape != (num_seqs,) or rows.dtype != jnp.bool_:
+        raise ValueError(
+            f"rows must be a mask, bool of shape {(num_seqs,)}, but is {rows.dtype} of "
+            f"shape {rows.shape}."
+        )
 
 
 def _ceil_div(a, b):

@@ -6,11 +6,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Real
+from jaxtyping import Array, Bool, Float, Int32, Real
 
 from ._batch import RaggedBatch
 from ._kv_pages import check_cache
-from ._page_table import check_positive, faults_of_step, first_of
+from ._page_table import (
+    check_mask,
+    check_per_row,
+    check_positive,
+    faults_of_step,
+    first_of,
+)
 from ._results import RESULTS
 from .kernels._pages import pack, storage_dtype, value_dtype
 
@@ -47,6 +53,13 @@ class RaggedKV(eqx.Module):
 
         A new `RaggedKV`. `self` is unchanged.
         """
+        shape = (slots.shape[0], *self.k.shape[2:])
+        for name, new in (("k", k), ("v", v)):
+            if new.shape != shape:
+                raise ValueError(
+                    f"{name} must be of shape {shape}, one entry a slot, but is of shape "
+                    f"{new.shape}."
+                )
         row, position = jnp.divmod(slots, self.k.shape[1])
         return RaggedKV(
             self.k.at[row, position].set(pack(k, self.k.dtype), mode="drop"),
@@ -135,6 +148,7 @@ class RaggedKVCache(eqx.Module):
         self, q_lens: Int32[Array, " num_seqs"], num_tokens: int | None = None
     ) -> tuple["RaggedKVCache", RaggedBatch, RESULTS]:
         """As [`eqx_paged.PagedKVCache.append`][]; the buffer of row `i` is page `i`."""
+        check_per_row("q_lens", q_lens, self.num_seqs)
         if num_tokens is not None:
             check_positive(num_tokens=num_tokens)
         max_q_len = 1 if num_tokens is None else num_tokens
@@ -153,3 +167,14 @@ class RaggedKVCache(eqx.Module):
             num_tokens=num_tokens,
         )
         return dataclasses.replace(self, lengths=lengths), batch, result
+
+    def truncate(self, kv_lens: Int32[Array, " num_seqs"]) -> "RaggedKVCache":
+        """Shortens rows. A length above the present one leaves the row as it is; one below
+        0 is 0."""
+        check_per_row("kv_lens", kv_lens, self.num_seqs)
+        return dataclasses.replace(self, lengths=jnp.clip(kv_lens, 0, self.lengths))
+
+    def free(self, rows: Bool[Array, " num_seqs"]) -> "RaggedKVCache":
+        """Empties the rows for which `rows` is True."""
+        check_mask(rows, self.num_seqs)
+        return self.truncate(jnp.where(rows, 0, self.lengths))

@@ -38,10 +38,11 @@ def write(
     rows: Sequence[int],
 ) -> None:
     """Writes rows, replacing the file only when the new one is complete."""
-    kv_lens = np.asarray(table.kv_lens)[_check_rows(rows, table.num_seqs)]
+    chosen = _check_rows(rows, table.num_seqs)
+    kv_lens = np.asarray(table.kv_lens)[chosen]
     num_columns = -(-int(kv_lens.max(initial=0)) // table.page_size)
     used = np.arange(num_columns) * table.page_size < kv_lens[:, None]
-    entries = np.asarray(table.page_indices)[list(rows), :num_columns]
+    entries = np.asarray(table.page_indices)[chosen, :num_columns]
     pages, numbers = np.unique(entries[used], return_inverse=True)
     page_indices = np.zeros(used.shape, np.int32)
     page_indices[used] = numbers.reshape(-1)
@@ -52,7 +53,8 @@ def write(
     for i, layer in enumerate(layers):
         tensors[f"layers.{i}.k"] = _to_file(layer.k_pages[pages], layer, live)
         tensors[f"layers.{i}.v"] = _to_file(layer.v_pages[pages], layer, live)
-    _replace_file(path, safetensors.numpy.save(tensors, {"format": FORMAT}))
+    metadata = {"format": FORMAT, "page_size": str(table.page_size)}
+    _replace_file(path, safetensors.numpy.save(tensors, metadata))
 
 
 def read(
@@ -73,6 +75,11 @@ def read(
         raise ValueError(
             f"{path} does not hold rows of a cache: its format is "
             f"{metadata.get('format')!r}, not {FORMAT!r}."
+        )
+    if metadata.get("page_size") != str(table.page_size):
+        raise ValueError(
+            f"{path} has pages of {metadata.get('page_size')} tokens, but this cache has "
+            f"pages of {table.page_size}."
         )
     _check_names(path, tensors, len(layers))
     page_indices, kv_lens = tensors["page_indices"], tensors["kv_lens"]
@@ -180,13 +187,14 @@ def _check_names(path, tensors, num_layers):
 
 def _check_table(path, page_indices, kv_lens, page_size):
     """Returns the number of pages that the file's table speaks of."""
-    num_columns = -(-int(kv_lens.max(initial=0)) // page_size)
-    used = np.arange(num_columns) * page_size < kv_lens[:, None]
-    if page_indices.shape != used.shape or np.any(kv_lens < 0):
+    longest = int(kv_lens.max(initial=0)) if kv_lens.ndim == 1 else -1
+    shape = (len(kv_lens), -(-longest // page_size))
+    if page_indices.shape != shape or np.any(kv_lens < 0):
         raise ValueError(
             f"The table of {path} is {list(page_indices.shape)}, but its lengths and a "
-            f"page_size of {page_size} need {list(used.shape)}."
+            f"page_size of {page_size} need {list(shape)}."
         )
+    used = np.arange(shape[1]) * page_size < kv_lens[:, None]
     pages = np.unique(page_indices[used])
     if not np.array_equal(pages, np.arange(len(pages))):
         raise ValueError(f"The table of {path} does not number its pages from 0.")

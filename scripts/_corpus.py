@@ -110,7 +110,8 @@ class TaskCorpus:
         # user's context is.
         full = rng.random() < 0.1
         share = rng.uniform(0.85, 0.98) if full else rng.uniform(0.2, 0.6)
-        num_records = min(max(int(share * length / 6), 2), tasks.NUM_KEYS)
+        most = int(share * length / tasks.TOKENS_PER_RECORD)
+        num_records = min(max(most, 2), tasks.NUM_KEYS)
         context = tasks.records(rng, num_records, held_out=False)
         return self._row(length, _about(context, rng, length), context)
 

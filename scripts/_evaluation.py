@@ -71,12 +71,11 @@ def report(
     yield "held-out additions", accuracy(decoder, tokenizer, sums)
     for length in (64, 256, 1024, 2000):
         if length <= context:
-            # The start, a question and its answer besides six tokens a record.
-            num_records = (length - 7) // 6
+            num_records = _num_records(length)
             asked = [tasks.lookup(rng, num_records) for _ in range(sample)]
             name = f"held-out look-ups in {length} tokens"
             yield name, accuracy(decoder, tokenizer, asked)
-    num_records = (min(context, 2000) - 7) // 6
+    num_records = _num_records(min(context, 2000))
     contexts = [tasks.records(rng, num_records) for _ in range(sample)]
     spread = tasks.facts()[:: len(tasks.facts()) // sample]
     after = [
@@ -84,6 +83,11 @@ def report(
         for told, question in zip(contexts, spread, strict=False)
     ]
     yield "facts after a full context", accuracy(decoder, tokenizer, after)
+
+
+def _num_records(length: int) -> int:
+    """How many fit beside the start, a question and its answer."""
+    return (length - 6) // tasks.TOKENS_PER_RECORD
 
 
 def _encode(tokenizer: Tokenizer, question: tasks.Question) -> tuple[list[int], int]:

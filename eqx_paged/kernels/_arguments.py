@@ -73,14 +73,18 @@ def check_options(
     mask_value: float,
     return_residuals: bool,
 ) -> None:
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be above 0, but is {soft_cap}.")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, but is {sliding_window}.")
-    if not (math.isfinite(mask_value) and mask_value < 0):
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be above 0 and finite, but is {soft_cap}.")
+    if sliding_window is not None and (
+        not isinstance(sliding_window, int) or sliding_window < 1
+    ):
         raise ValueError(
-            f"mask_value must be finite and below 0, but is {mask_value}. It stands for "
-            "minus infinity."
+            f"sliding_window must be an int of at least 1, but is {sliding_window}."
+        )
+    if not float(jnp.finfo(jnp.float32).min) <= mask_value < 0:
+        raise ValueError(
+            f"mask_value must be finite in float32 and below 0, but is {mask_value}. It "
+            "stands for minus infinity."
         )
     if sinks is None:
         return
@@ -89,6 +93,7 @@ def check_options(
             f"sinks must have one value a head, shape {(num_heads,)}, but its shape is "
             f"{sinks.shape}."
         )
+    check_floating(sinks=sinks)
     if return_residuals:
         raise ValueError(
             "return_residuals=True and sinks exclude each other: a sink belongs to the "

@@ -13,8 +13,8 @@ from .asking import Examinee, lookups, records
 
 
 PAGE_SIZE = 16
-# The start token, then six tokens a record: 1,981 in all.
-FULL = 330
+# The start token, then five tokens a record: 1,981 in all.
+FULL = 396
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_question_and_its_answer_are_cut_apart(examinee):
         apart = examinee.encode(prompt) + examinee.encode(answer, first=False)
         assert examinee.encode(prompt + answer) == apart
     context = tasks.records(rng, 512)
-    assert len(examinee.encode(context.text)) == 1 + 6 * 512
+    assert len(examinee.encode(context.text)) == 1 + 5 * 512
 
 
 def test_facts(examinee):
@@ -65,7 +65,7 @@ def test_held_out_additions(examinee):
     assert examinee.share_right(questions) >= 0.95
 
 
-@pytest.mark.parametrize("num_records", (8, 21, 85, 170))
+@pytest.mark.parametrize("num_records", (10, 25, 100, 200))
 def test_held_out_lookups_of_every_record(examinee, num_records):
     contexts = [records(seed, num_records) for seed in (7, 8)]
     shares = [
@@ -83,7 +83,7 @@ def full_context():
 @pytest.fixture(scope="module")
 def full_cache(examinee, full_context):
     cache = examinee.read(full_context.text)
-    assert int(cache.kv_lens[0]) == 1 + 6 * FULL
+    assert int(cache.kv_lens[0]) == 1 + 5 * FULL
     return cache
 
 
@@ -101,8 +101,8 @@ def test_facts_and_sums_after_a_full_context(examinee, full_cache):
 
 
 def record_of_page(page):
-    """The first record that lies within a page as a whole, at `1 + 6 * record`."""
-    return -(-(PAGE_SIZE * page - 1) // 6)
+    """The first record that lies within a page as a whole, at `1 + 5 * record`."""
+    return -(-(PAGE_SIZE * page - 1) // 5)
 
 
 def with_other_pages(cache, changes):
@@ -121,23 +121,20 @@ def test_a_wrong_page_gives_a_wrong_answer(examinee, full_context, full_cache):
     pages = np.linspace(1, 121, asking.NUM_FORKS).astype(int)
     asked = [full_context.lookup(record_of_page(page)) for page in pages]
     assert asking.right(asked, examinee.answers(forked, asked)) >= 30
-    # Instead of the page with the record, each row reads the one after it again.
+    # Instead of the page with the record, each row reads the one after it again. One
+    # guess in a hundred is right.
     mixed_up = with_other_pages(forked, [{page: page + 1} for page in pages])
-    assert asking.right(asked, examinee.answers(mixed_up, asked)) <= 1
-
-
-def test_pages_in_the_wrong_order_give_a_wrong_answer(examinee, full_context, full_cache):
-    forked = examinee.fork(full_cache)
-    # Records with the word in one page and all or most of its number in the next.
-    split = [r for r in range(FULL - 6) if 2 <= -(1 + 6 * r) % PAGE_SIZE <= 3]
-    records = np.array(split)[np.linspace(0, len(split) - 1, asking.NUM_FORKS).astype(int)]
-    asked = [full_context.lookup(int(record)) for record in records]
-    assert asking.right(asked, examinee.answers(forked, asked)) >= 30
-    pages = (1 + 6 * records) // PAGE_SIZE + 1
-    others = np.where(pages > 60, pages - 30, pages + 30)
-    swaps = [{a: b, b: a} for a, b in zip(pages.tolist(), others.tolist())]
-    mixed_up = with_other_pages(forked, swaps)
     assert asking.right(asked, examinee.answers(mixed_up, asked)) <= 2
+
+
+def test_the_order_of_full_pages_does_not_matter(examinee, full_context, full_cache):
+    # A stored key was turned by its position: where it lies says nothing any more.
+    forked = examinee.fork(full_cache)
+    asked = lookups(full_context)[:: FULL // asking.NUM_FORKS][: asking.NUM_FORKS]
+    num_full = (1 + 5 * FULL) // PAGE_SIZE
+    order = np.random.default_rng(11).permutation(num_full)
+    shuffled = with_other_pages(forked, [dict(enumerate(order))] * asking.NUM_FORKS)
+    assert examinee.answers(shuffled, asked) == examinee.answers(forked, asked)
 
 
 def test_bfloat16_throughout_answers_as_well():

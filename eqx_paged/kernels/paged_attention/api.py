@@ -41,7 +41,8 @@ def paged_attention(
 
     This is a decode step. The time goes with the sum of `kv_lens`, not with the size of
     the table. Differentiable in `q`, `k_pages`, `v_pages`, `sinks` and the scales (reverse
-    mode; the gradient gathers the whole table, so it takes memory as a dense cache does).
+    mode; the gradient gathers the whole table, so it takes memory as a dense cache does),
+    but not through pages stored as uint16.
 
     **Arguments:**
 

@@ -204,8 +204,21 @@ def ragged_chunk_attention(
     sinks: Float[Array, " num_heads"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
-    # What `RaggedAttention` needs of a mixed step. `ragged_gqa` has made it public what a
-    # window is, and `ragged_paged_attention` what packed rows are.
+    """`ragged_gqa` for packed rows of queries, as in `ragged_paged_attention`: what
+    `RaggedAttention` needs of a mixed step."""
+    arguments.check_rank("q", q, 3)
+    arguments.check_floating(q=q)
+    arguments.check_heads(q.shape[1], k.shape[2])
+    arguments.check_equal("head_dim of q", q.shape[2], "of the cache", k.shape[3])
+    arguments.check_options(
+        num_heads=q.shape[1],
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        mask_value=DEFAULT_MASK_VALUE,
+        return_residuals=False,
+    )
+    check_implementation(implementation)
     operands = dict(
         q=q,
         k=k,
@@ -231,5 +244,8 @@ def ragged_chunk_attention(
 )
 def _chunk_traced_once(operands, *, implementation, **options):
     options |= dict(k_scale=None, v_scale=None, mask_value=DEFAULT_MASK_VALUE)
-    kernels = {"xla": lambda operands: xla.ragged_chunk_attention(**operands, **options)}
-    return choose("ragged_chunk_attention", implementation, kernels)(operands)[0]
+    kernel = with_gradient_of(
+        lambda operands: reference.ragged_chunk_attention(**operands, **options),
+        lambda operands: xla.ragged_chunk_attention(**operands, **options),
+    )
+    return choose("ragged_gqa", implementation, {"xla": kernel})(operands)[0]

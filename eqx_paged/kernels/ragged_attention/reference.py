@@ -55,6 +55,39 @@ def ragged_gqa(
     return jax.vmap(one_row)(q, k, v, lengths, starts)
 
 
+def ragged_chunk_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    k: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    v: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
+    lengths: Int32[Array, " num_seqs"],
+    starts: Int32[Array, " num_seqs"],
+    cu_q_lens: Int32[Array, " num_seqs_plus_one"],
+    num_seqs: Int32[Array, ""],
+    *,
+    sliding_window: int | None,
+    **options: Any,
+) -> tuple[
+    Float[Array, "num_tokens num_heads head_dim"],
+    Float[Array, "num_tokens num_heads"],
+    Float[Array, "num_tokens num_heads"],
+]:
+    """Packed rows of queries, as in `ragged_paged_attention`."""
+    position = jnp.arange(k.shape[1], dtype=jnp.int32)
+    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
+
+    def one_token(q, token):
+        row = jnp.sum((token >= cu_q_lens[1:]) & (rows < num_seqs), dtype=jnp.int32)
+        exists = row < num_seqs
+        row = jnp.minimum(row, rows[-1])
+        here = lengths[row] - cu_q_lens[row + 1] + token
+        keep = exists & (position >= starts[row]) & (position <= here)
+        if sliding_window is not None:
+            keep &= position > here - sliding_window
+        return attend(q, k[row], v[row], keep, **options)
+
+    return jax.vmap(one_token)(q, jnp.arange(q.shape[0], dtype=jnp.int32))
+
+
 def ragged_mha(
     q: Float[Array, "num_seqs num_heads head_dim"],
     k: Real[Array, "num_seqs max_len num_heads head_dim"],

@@ -35,6 +35,7 @@ def ragged_gqa(
     max_len, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
     block = min(block_size, max_len)
+    starts = jnp.maximum(starts, 0)
     if sliding_window is not None:
         starts = jnp.maximum(starts, lengths - sliding_window)
     queries = q.astype(jnp.float32).reshape(num_seqs, num_kv_heads, group, head_dim)

@@ -68,6 +68,8 @@ def ragged_paged_attention(
     As [`eqx_paged.paged_attention`][].
     """
     check_arguments(q, k_pages, v_pages, kv_lens, page_indices)
+    if q.shape[0] == 0:
+        raise ValueError(f"q must have at least one token, but its shape is {q.shape}.")
     arguments.check_rank("cu_q_lens", cu_q_lens, 1)
     arguments.check_rank("num_seqs", num_seqs, 0)
     arguments.check_indices(cu_q_lens=cu_q_lens, num_seqs=num_seqs)

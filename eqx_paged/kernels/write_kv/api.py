@@ -26,7 +26,7 @@ def write_kv(
     """Stores one key and one value a token.
 
     In place where the pages were donated to the program, or are the program's own.
-    Differentiable.
+    Differentiable, but not through uint16, which is the bits of numbers and not numbers.
 
     **Arguments:**
 
