@@ -74,7 +74,8 @@ def test_no_record_is_both_held_out_and_trained():
         }
         for flag in (True, False)
     )
-    assert len(kept) > 10_000 and len(trained) > 20_000
+    # There are 51,200, of which one in sixteen is held out.
+    assert len(kept) > 3_000 and len(trained) > 20_000
     assert not kept & trained
 
 

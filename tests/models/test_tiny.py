@@ -118,7 +118,7 @@ def with_other_pages(cache, changes):
 
 def test_a_wrong_page_gives_a_wrong_answer(examinee, full_context, full_cache):
     forked = examinee.fork(full_cache)
-    pages = np.linspace(1, 121, asking.NUM_FORKS).astype(int)
+    pages = np.linspace(1, 121, asking.NUM_FORKS).astype(int).tolist()
     asked = [full_context.lookup(record_of_page(page)) for page in pages]
     assert asking.right(asked, examinee.answers(forked, asked)) >= 30
     # Instead of the page with the record, each row reads the one after it again. One
