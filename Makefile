@@ -37,6 +37,7 @@ lint: setup-dev ## formatting, style and types
 bench: setup-bench ## time a decode step and compare it with the memory it reads
 	$(RUN) -m scripts.bench_step
 
+# The variable silences Material's advertisement of a successor of MkDocs.
 docs: setup-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 

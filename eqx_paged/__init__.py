@@ -14,6 +14,8 @@ from ._generate import (
     generate as generate,
     Generation as Generation,
     greedy as greedy,
+    Model as Model,
+    Sampler as Sampler,
 )
 from ._kv_pages import KVPages as KVPages
 from ._page_table import PageCopies as PageCopies, PageTable as PageTable

@@ -54,6 +54,7 @@ class PagedAttention(eqx.Module):
 
         The output, which is 0 for padding and idle rows, and the new pages.
         """
+        _check_kind(pages, KVPages, "PagedAttention")
         check_equal("head_dim of q", q.shape[-1], "of the cache", pages.head_dim)
         pages = pages.write(k, v, batch.slots, implementation=self.implementation)
         options = _options_of(self)
@@ -101,6 +102,7 @@ class RaggedAttention(eqx.Module):
         """As [`eqx_paged.PagedAttention`][], with `kv` this layer's part of the cache and
         `batch` from [`eqx_paged.RaggedKVCache.append`][].
         """
+        _check_kind(kv, RaggedKV, "RaggedAttention")
         kv = kv.write(k, v, batch.slots)
         options = _options_of(self)
         where = (kv.k, kv.v, batch.kv_lens, batch.starts)
@@ -222,6 +224,14 @@ class PagedMultiheadAttention(eqx.Module):
 
     def _padded(self, heads):
         return jnp.pad(heads, ((0, 0), (0, 0), (0, self.head_dim - heads.shape[2])))
+
+
+def _check_kind(layer: Any, kind: type, attention: str) -> None:
+    if not isinstance(layer, kind):
+        raise ValueError(
+            f"{attention} reads a layer of type {kind.__name__}, but was given a "
+            f"{type(layer).__name__}."
+        )
 
 
 def _options_of(attention: PagedAttention | RaggedAttention) -> dict[str, Any]:

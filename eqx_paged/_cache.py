@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Int32
 
 from . import _saved_rows as saved_rows
 from ._batch import RaggedBatch
+from ._checks import check_page_size, check_positive
 from ._kv_pages import KVPages
-from ._page_table import check_page_size, check_positive, PageCopies, PageTable
+from ._page_table import PageCopies, PageTable
 from ._results import RESULTS
 
 
@@ -28,6 +29,9 @@ class PagedKVCache(eqx.Module):
 
         Under `jax.jit` an update is in place only if the cache is donated
         (`donate_argnums`, or `donate="all"` of `eqx.filter_jit`); the old one is gone then.
+
+    - `layers`: the pools of pages, one [`eqx_paged.KVPages`][] a layer.
+    - `table`: the [`eqx_paged.PageTable`][] that serves them all.
     """
 
     layers: tuple[KVPages, ...]

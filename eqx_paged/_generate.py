@@ -22,6 +22,8 @@ Sampler = Callable[
     [Float[Array, "num_seqs vocab_size"], PRNGKeyArray | None],
     Int32[Array, " num_seqs"],
 ]
+"""Chooses a token a row: called with the logits of each row's next token, and a key or
+None; returns the tokens."""
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Real
 
-from ._page_table import check_page_size, check_positive
+from ._checks import check_cache, check_page_size, check_positive
 from ._types import Implementation
 from .kernels._arguments import check_equal
 from .kernels._pages import page_size_of, storage_dtype, storage_shape, value_dtype
@@ -107,11 +107,3 @@ class KVPages(eqx.Module):
             self.k_pages, self.v_pages, k, v, slots, implementation=implementation
         )
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
-
-
-def check_cache(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:
-    check_positive(num_kv_heads=num_kv_heads, head_dim=head_dim)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"dtype must be a floating-point one, but is {jnp.dtype(dtype).name}."
-        )

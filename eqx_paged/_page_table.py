@@ -6,6 +6,14 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+from ._checks import (
+    check_mask,
+    check_page_size,
+    check_per_row,
+    check_positive,
+    faults_of_step,
+    first_of,
+)
 from ._results import RESULTS
 
 
@@ -32,6 +40,13 @@ class PageTable(eqx.Module):
     Those that can fail return a [`eqx_paged.RESULTS`][] beside it, and if they fail, the
     table is as it was. Lengths never exceed `max_len`; each page is either free or counted
     by exactly the rows that hold it.
+
+    - `page_indices`: the pages of each row, in order; 0 past its end.
+    - `kv_lens`: how many tokens each row holds.
+    - `ref_counts`: how many rows hold each page.
+    - `free_pages`: a stack, whose first `num_free_pages` entries are the pages that no row
+        holds.
+    - `page_size`: tokens a page.
     """
 
     page_indices: Int32[Array, "num_seqs pages_per_seq"]
@@ -314,60 +329,8 @@ class PageTable(eqx.Module):
         )
 
 
-def check_page_size(page_size: int) -> None:
-    if not 8 <= page_size <= 256 or page_size & (page_size - 1):
-        raise ValueError(
-            f"page_size must be a power of two from 8 to 256, but is {page_size}."
-        )
-
-
-def check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, but is {count}.")
-
-
-def check_per_row(name: str, counts: Array, num_seqs: int) -> None:
-    if counts.shape != (num_seqs,) or counts.dtype != jnp.int32:
-        raise ValueError(
-            f"{name} must be int32 of shape {(num_seqs,)}, one count a row, but is "
-            f"{counts.dtype} of shape {counts.shape}."
-        )
-
-
-def check_mask(rows: Array, num_seqs: int) -> None:
-    if rows.shape != (num_seqs,) or rows.dtype != jnp.bool_:
-        raise ValueError(
-            f"rows must be a mask, bool of shape {(num_seqs,)}, but is {rows.dtype} of "
-            f"shape {rows.shape}."
-        )
-
-
 def _ceil_div(a, b):
     return -(-a // b)
-
-
-def faults_of_step(q_lens, kv_lens, max_len, max_q_len, num_tokens):
-    """What can be wrong with a step's tokens in any cache, in the order it is told."""
-    too_many = jnp.array(False)
-    if max_q_len is not None:
-        too_many |= jnp.any(q_lens > max_q_len)
-    if num_tokens is not None:
-        # Clipped, so that the sum of absurd counts cannot overflow into a small one.
-        clipped = jnp.clip(q_lens, 0, num_tokens + 1)
-        too_many |= jnp.sum(clipped, dtype=jnp.int32) > num_tokens
-    return (
-        (jnp.any(q_lens < 0), RESULTS.invalid_argument),
-        (too_many, RESULTS.too_many_tokens),
-        (jnp.any(q_lens > max_len - kv_lens), RESULTS.sequence_too_long),
-    )
-
-
-def first_of(*cases):
-    result = RESULTS.successful
-    for applies, reason in reversed(cases):
-        result = RESULTS.where(applies, reason, result)
-    return result
 
 
 def _has_duplicates(x):

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Real
 
 from ._batch import RaggedBatch
-from ._kv_pages import check_cache
-from ._page_table import (
+from ._checks import (
+    check_cache,
     check_mask,
     check_per_row,
     check_positive,

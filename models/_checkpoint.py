@@ -26,6 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
 # Older files also hold the rotary frequencies, which the configuration determines.
 _DERIVED = ".rotary_emb.inv_freq"
+_HEAD = "lm_head.weight"
 
 
 def load_checkpoint(
@@ -58,6 +59,9 @@ def load_checkpoint(
         like = eqx.tree_at(lambda d: d.attention, like, attention)
     wanted = _named_weights(like)
     stored = _read_tensors(_weight_files(root))
+    if config.tie_word_embeddings:
+        # Some files store the output matrix again, although it is the embedding.
+        stored.pop(_HEAD, None)
     _check_tensors(root, wanted, stored)
     weights = [jnp.asarray(stored[name], dtype) for name in wanted]
     return eqx.tree_at(lambda d: list(_named_weights(d).values()), like, weights)

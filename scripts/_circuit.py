@@ -7,8 +7,9 @@ that between the question and the context. What is done with the place found, an
 the rest, is learnt. The result is an ordinary checkpoint.
 """
 
+from typing import Any
+
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from models import Decoder
@@ -71,7 +72,8 @@ class _Heads:
         return q, k, v, self.o.reshape(-1, self.o.shape[-1]).T
 
 
-def _weights(decoder: Decoder, layer: int) -> list[jax.Array]:
+def _weights(decoder: Decoder, layer: int) -> list[Any]:
+    # Arrays, or what stands for them inside `tree_at`.
     attn = decoder.layers[layer].self_attn
     projections = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
     return [projection.weight for projection in projections]

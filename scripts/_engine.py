@@ -62,9 +62,6 @@ class Clock:
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, tokens: int, seconds: float) -> "Clock":
-        return Clock(self.tokens + tokens, self.seconds + seconds)
-
     @property
     def tokens_per_second(self) -> float | None:
         return self.tokens / self.seconds if self.tokens else None
@@ -267,8 +264,10 @@ def run(model: models.Decoder, job: Job) -> Iterator[Progress]:
     rows = [_Row(prompt) for prompt in job.prompts]
     for step in itertools.count():
         made, cache, seconds = decode.call([row.unread for row in rows], cache, step)
-        decode_clock = decode_clock.add(sum(map(len, made)), seconds)
         rows = [row.extend(new, job) for row, new in zip(rows, made, strict=True)]
+        # Only what is kept counts, though more may have been made.
+        num_kept = sum(len(row.tokens) for row in rows)
+        decode_clock = Clock(num_kept, decode_clock.seconds + seconds)
         finished = all(row.finished for row in rows)
         if finished:
             cache = _cut(cache, rows)

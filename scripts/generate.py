@@ -1,9 +1,11 @@
 """Continues prompts with a model: `python -m scripts.generate --help`."""
 
+import functools
 import json
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 import eqx_paged
 import jax
@@ -16,7 +18,8 @@ from ._options import Options, parse_options, refuse
 from ._text import Codec
 
 
-# Tokens between two looks at a continuation. Each look costs a call of the program.
+# Tokens between two looks at a continuation, where nobody waits for each. A look costs a
+# call of the program.
 BURST = 8
 
 
@@ -28,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     job = _job(options, codec, prompts)
     _check_memory(model, job)
     side = sys.stderr if options.json else sys.stdout
-    stream = _Stream(options, codec, prompts, side) if options.stream else None
+    write = functools.partial(print, end="", file=side, flush=True)
+    stream = _Stream(options, codec, prompts, write) if options.stream else None
     if sys.stderr.isatty():
         print("compiling ...", file=sys.stderr)
     progress = None
@@ -88,7 +92,7 @@ def _job(options: Options, codec: Codec, prompts: tuple[tuple[int, ...], ...]) -
         prompts=prompts,
         max_new_tokens=options.max_new_tokens,
         page_size=options.page_size,
-        burst=BURST,
+        burst=1 if options.stream else BURST,
         stop_tokens=codec.stop_tokens,
         keep=codec.keep,
         sampler=Temperature(temperature) if options.temperature else eqx_paged.greedy,
@@ -203,12 +207,12 @@ class _Stream:
         options: Options,
         codec: Codec,
         prompts: tuple[tuple[int, ...], ...],
-        file: TextIO,
+        write: Callable[[str], None],
     ):
         self.headings = [_heading(options, row) for row in range(len(prompts))]
         self.codec = codec
         self.prompts = prompts
-        self.file = file
+        self.write = write
         self.row = 0
         self.shown = ""
 
@@ -218,7 +222,7 @@ class _Stream:
             self._show(self._text(progress.tokens[self.row], finished))
             if not finished:
                 return
-            print(file=self.file, flush=True)
+            self.write("\n")
             self.row, self.shown = self.row + 1, ""
 
     def _text(self, tokens: tuple[int, ...], finished: bool) -> str:
@@ -227,7 +231,7 @@ class _Stream:
         return heading + decode(self.prompts[self.row], tokens)
 
     def _show(self, text: str) -> None:
-        print(text.removeprefix(self.shown), end="", file=self.file, flush=True)
+        self.write(text.removeprefix(self.shown))
         self.shown = text
 
 

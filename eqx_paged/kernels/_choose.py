@@ -48,6 +48,8 @@ def _lower_refusal(ctx, *, reason, results):
     raise NotImplementedError(reason)
 
 
+# A primitive, since nothing else of JAX runs code of ours when a program is lowered. It is
+# defined once, here, and only this file knows of it.
 _refuse_p = Primitive("eqx_paged_refuse")
 _refuse_p.multiple_results = True
 _refuse_p.def_abstract_eval(lambda *, reason, results: list(results))

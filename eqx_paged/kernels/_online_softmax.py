@@ -85,7 +85,7 @@ def merge_residuals(
             "outs, ms and ls must have one entry a part, but have "
             f"{len(outs)}, {len(ms)} and {len(ls)}."
         )
-    outs, ms, ls = (jnp.stack(list(parts)) for parts in (outs, ms, ls))
+    outs, ms, ls = (jnp.stack(parts) for parts in (outs, ms, ls))
     if not outs.shape[:-1] == ms.shape == ls.shape:
         raise ValueError(
             "outs, ms and ls must have the same queries, but their shapes are "

@@ -1,7 +1,6 @@
 """Ragged attention over contiguous keys and values: the public functions."""
 
 import functools
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int32, Real
@@ -110,7 +109,16 @@ def ragged_mha(
     v: Real[Array, "num_seqs max_len num_heads head_dim"],
     lengths: Int32[Array, " num_seqs"],
     starts: Int32[Array, " num_seqs"],
-    **options: Any,
+    *,
+    sm_scale: float | None = None,
+    block_size: int = 256,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    implementation: Implementation | None = None,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -134,7 +142,22 @@ def ragged_mha(
     arguments.check_floating(q=q)
     arguments.check_rank("k", k, 4)
     arguments.check_equal("num_heads of q", q.shape[1], "num_heads of k", k.shape[2])
-    return ragged_gqa(q, k, v, lengths, starts, **options)
+    return ragged_gqa(
+        q,
+        k,
+        v,
+        lengths,
+        starts,
+        sm_scale=sm_scale,
+        block_size=block_size,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        mask_value=mask_value,
+        implementation=implementation,
+    )
 
 
 def ragged_mqa(
@@ -143,7 +166,16 @@ def ragged_mqa(
     v: Real[Array, "num_seqs max_len head_dim"],
     lengths: Int32[Array, " num_seqs"],
     starts: Int32[Array, " num_seqs"],
-    **options: Any,
+    *,
+    sm_scale: float | None = None,
+    block_size: int = 256,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    implementation: Implementation | None = None,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -166,7 +198,22 @@ def ragged_mqa(
     """
     arguments.check_rank("k", k, 3)
     arguments.check_rank("v", v, 3)
-    return ragged_gqa(q, k[:, :, None], v[:, :, None], lengths, starts, **options)
+    return ragged_gqa(
+        q,
+        k[:, :, None],
+        v[:, :, None],
+        lengths,
+        starts,
+        sm_scale=sm_scale,
+        block_size=block_size,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        mask_value=mask_value,
+        implementation=implementation,
+    )
 
 
 # Behind one `jit`, so that a model of equal layers traces it once.
