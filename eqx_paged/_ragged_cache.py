@@ -18,6 +18,7 @@ from ._checks import (
     first_of,
 )
 from ._results import RESULTS
+from .kernels._arguments import check_floating, check_indices, check_rank
 from .kernels._pages import pack, storage_dtype, value_dtype
 
 
@@ -52,7 +53,14 @@ class RaggedKV(eqx.Module):
         **Returns:**
 
         A new `RaggedKV`. `self` is unchanged.
+
+        **Raises:**
+
+        `ValueError` for keys, values and slots that do not fit these buffers.
         """
+        check_rank("slots", slots, 1)
+        check_indices(slots=slots)
+        check_floating(k=k, v=v)
         shape = (slots.shape[0], *self.k.shape[2:])
         for name, new in (("k", k), ("v", v)):
             if new.shape != shape:

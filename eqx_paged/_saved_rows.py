@@ -83,6 +83,7 @@ def read(
         )
     _check_names(path, tensors, len(layers))
     page_indices, kv_lens = tensors["page_indices"], tensors["kv_lens"]
+    _check_integers(path, page_indices, kv_lens)
     if num_rows != len(kv_lens):
         raise ValueError(
             f"{path} holds {len(kv_lens)} rows, but {num_rows} rows were given to load "
@@ -185,10 +186,18 @@ def _check_names(path, tensors, num_layers):
         )
 
 
+def _check_integers(path, page_indices, kv_lens):
+    for name, array, rank in (("page_indices", page_indices, 2), ("kv_lens", kv_lens, 1)):
+        if array.dtype != np.int32 or array.ndim != rank:
+            raise ValueError(
+                f"{name} of {path} must be int32 with {rank} axes, but is {array.dtype}"
+                f"{list(array.shape)}."
+            )
+
+
 def _check_table(path, page_indices, kv_lens, page_size):
     """Returns the number of pages that the file's table speaks of."""
-    longest = int(kv_lens.max(initial=0)) if kv_lens.ndim == 1 else -1
-    shape = (len(kv_lens), -(-longest // page_size))
+    shape = (len(kv_lens), -(-int(kv_lens.max(initial=0)) // page_size))
     if page_indices.shape != shape or np.any(kv_lens < 0):
         raise ValueError(
             f"The table of {path} is {list(page_indices.shape)}, but its lengths and a "
@@ -198,6 +207,10 @@ def _check_table(path, page_indices, kv_lens, page_size):
     pages = np.unique(page_indices[used])
     if not np.array_equal(pages, np.arange(len(pages))):
         raise ValueError(f"The table of {path} does not number its pages from 0.")
+    # Rows share what they have in common from their beginning, so in one column.
+    columns = np.broadcast_to(np.arange(shape[1]), shape)[used]
+    if len(np.unique(np.stack([page_indices[used], columns]), axis=1).T) != len(pages):
+        raise ValueError(f"The table of {path} has a page at two places of a sequence.")
     return len(pages)
 
 

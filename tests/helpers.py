@@ -43,6 +43,16 @@ def assert_trees_identical(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def entry(tree, i):
+    """One of a batch of trees."""
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def stacked(trees):
+    """Trees of one structure as a batch."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
 def rng_of(key):
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
@@ -431,6 +441,12 @@ RESULT_NAMES = (
     *("successful", "invalid_argument", "too_many_tokens", "sequence_too_long"),
     *("out_of_pages", "row_in_use"),
 )
+
+
+def fails_naming(words):
+    """A `ValueError` that says each of the words, as a word of its own, in any order."""
+    pattern = "".join(rf"(?=.*(?<!\w){re.escape(word)}(?!\w))" for word in words)
+    return pytest.raises(ValueError, match=f"(?s){pattern}")
 
 
 def told(result):

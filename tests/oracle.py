@@ -159,8 +159,25 @@ class PageTable:
             return "row_in_use"
         if any(self.rows[d].length for d in dst):
             return "row_in_use"
-        for s, d in zip(src, dst):
-            self.rows[d] = Row(self.rows[s].length, list(self.rows[s].pages))
+        for row, d in zip(self.copies_of(src), dst):
+            self.rows[d] = row
+        return "successful"
+
+    def copies_of(self, rows):
+        """Rows as they are now: with the same pages, but of their own."""
+        return [Row(self.rows[i].length, list(self.rows[i].pages)) for i in rows]
+
+    def load(self, saved, rows):
+        """Puts copies of rows, of this table or another, into empty ones."""
+        pages = {id(page): Page() for row in saved for page in row.pages}
+        if any(row.length > self.max_len for row in saved):
+            return "sequence_too_long"
+        if len(pages) > self.num_free_pages:
+            return "out_of_pages"
+        if any(self.rows[i].length for i in rows):
+            return "row_in_use"
+        for i, row in zip(rows, saved):
+            self.rows[i] = Row(row.length, [pages[id(page)] for page in row.pages])
         return "successful"
 
     def truncate(self, kv_lens):

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from . import oracle
-from .helpers import assert_close, head_values, ints, normal, quick_jit, rng_of, told
+from .helpers import (
+    assert_close,
+    assert_trees_identical,
+    entry,
+    fails_naming,
+    head_values,
+    ints,
+    normal,
+    quick_jit,
+    rng_of,
+    stacked,
+    told,
+)
 
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -144,6 +156,79 @@ def test_forked_rows_go_their_own_ways(getkey):
         keys, values = (np.concatenate([a, b[i : i + 1]]) for a, b in zip(past[i], (k, v)))
         wanted = oracle.attention(q[i : i + 1], keys, values)[0]
         assert_close(np.asarray(out)[i : i + 1], wanted)
+
+
+@pytest.mark.parametrize("kind", ("paged", "ragged"))
+def test_a_batch_of_caches_attends_as_each_does_alone(getkey, kind):
+    rng = rng_of(getkey())
+    attention = layer_of(kind, {})
+
+    def tokens(*shape):
+        heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
+        return [jnp.asarray(normal(rng, (*shape, n, HEAD_DIM))) for n in heads]
+
+    caches = []
+    for q_lens in ((5, 0, 17), (0, 9, 0), (24, 0, 0)):
+        _, cache, _, _ = step(
+            attention, cache_of(kind, "float32"), ints(q_lens), *tokens(24), 24
+        )
+        caches.append(cache)
+    q_lens = ints([(1, 1, 1), (0, 1, 0), (2, 0, 0)])  # the last of which is refused
+    qkv = tokens(3, 3)
+    decode = quick_jit(jax.vmap(lambda *args: step.__wrapped__(attention, *args, None)))
+    outs, *others = decode(stacked(caches), q_lens, *qkv)
+    results = []
+    for i, cache in enumerate(caches):
+        out, *wanted = step(attention, cache, q_lens[i], *(x[i] for x in qkv), None)
+        assert_close(outs[i], out)
+        assert_trees_identical(entry(others, i), wanted)
+        results.append(told(wanted[-1]))
+    assert results == ["successful", "successful", "too_many_tokens"]
+
+
+@pytest.mark.parametrize("kind, num_tokens", (("paged", None), ("ragged", 24)))
+def test_64_bit_mode_changes_nothing(getkey, kind, num_tokens):
+    rng = rng_of(getkey())
+    cache, attention = cache_of(kind, "float32"), layer_of(kind, OPTIONS["window, sinks"])
+    heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
+    qkv = [jnp.asarray(normal(rng, (num_tokens or 3, n, HEAD_DIM))) for n in heads]
+    args = (attention, cache, ints((1, 0, 1)), *qkv, num_tokens)
+    out, *wanted = step(*args)
+    with jax.enable_x64(True):
+        out_64, *wanted_64 = step(*args)
+    assert out_64.dtype == jnp.float32
+    assert_close(out_64, out)
+    assert_trees_identical(wanted_64, wanted)
+
+
+@pytest.mark.parametrize("kind", ("paged", "ragged"))
+@pytest.mark.parametrize("num_tokens", (None, 8))
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        (dict(q=8), ("8", "16")),
+        (dict(q=32), ("32", "16")),
+        (dict(k=8), ("8", "16")),
+        (dict(k=32), ("32", "16")),
+        (dict(v=8), ("8", "16")),
+        (dict(q=32, k=32, v=32), ("32", "16")),
+        (dict(q=128, k=128, v=128), ("128", "16")),  # as wide as a row of lanes
+    ],
+    ids=str,
+)
+def test_another_head_dim_than_the_caches_is_refused_naming_both(
+    no_type_hook, kind, num_tokens, sizes, words
+):
+    cache, attention = cache_of(kind, "float32"), layer_of(kind, {})
+    sizes = dict(q=HEAD_DIM, k=HEAD_DIM, v=HEAD_DIM) | sizes
+    heads = dict(q=NUM_HEADS, k=NUM_KV_HEADS, v=NUM_KV_HEADS)
+    qkv = [jnp.zeros((num_tokens or 3, heads[x], sizes[x])) for x in "qkv"]
+
+    def call(q, k, v):
+        return step.__wrapped__(attention, cache, ints((1, 1, 1)), q, k, v, num_tokens)
+
+    with fails_naming(words):
+        jax.eval_shape(call, *qkv)
 
 
 def test_a_layer_is_a_pytree_whose_only_leaves_are_sinks():

@@ -8,6 +8,8 @@ import pytest
 
 from .helpers import (
     assert_trees_identical,
+    entry,
+    fails_naming,
     ints,
     layer_pools,
     normal,
@@ -15,6 +17,7 @@ from .helpers import (
     quick_jit,
     rng_of,
     row_tokens,
+    stacked,
     told,
 )
 
@@ -178,6 +181,72 @@ def test_the_callers_cache_is_never_changed(getkey):
     assert_trees_identical(cache, before)
 
 
+@pytest.mark.parametrize(
+    "name, argument, words",
+    [
+        ("append", jnp.zeros(3, jnp.int32), ("(4,)", "(3,)")),
+        ("append", jnp.zeros(4), ("int32", "float32")),
+        ("truncate", jnp.zeros((4, 1), jnp.int32), ("(4,)", "(4, 1)")),
+        ("truncate", jnp.zeros(4, jnp.uint32), ("int32", "uint32")),
+        ("free", jnp.zeros(5, bool), ("(4,)", "(5,)")),
+        ("free", jnp.zeros(4, jnp.int32), ("bool", "int32")),
+    ],
+    ids=str,
+)
+def test_arguments_are_one_a_row(no_type_hook, name, argument, words):
+    with fails_naming(words):
+        getattr(empty(), name)(argument)
+
+
+def test_a_batch_of_caches_does_what_each_does_alone(getkey):
+    # One copies a page that rows share, one copies two, and one has no page left.
+    rng = rng_of(getkey())
+    shared = fill(empty(), (12, 5, 0, 0), rng)
+    caches = [
+        shared.fork(0, 2)[0],
+        shared.fork(ints((0, 1)), ints((2, 3)))[0],
+        fill(fill(empty(), (32, 16, 0, 0), rng), (0, 16, 32, 0), rng),
+    ]
+    caches = [poison_free_pages(cache) for cache in caches]
+
+    def step(cache, q_lens, src, gone):
+        cache, batch, result = cache.append(q_lens, 9)
+        cut = cache.truncate(cache.kv_lens - q_lens).free(gone)
+        forked, fork_result = cut.fork(src, jnp.int32(3))
+        return cache, batch, result, forked, fork_result
+
+    arguments = (
+        ints([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 1]]),
+        ints([0, 1, 2]),
+        jnp.array([[False] * 3 + [True], [True] * 4, [False] * 4]),
+    )
+    mapped = quick_jit(jax.vmap(step))(stacked(caches), *arguments)
+    alone = quick_jit(step)
+    results = []
+    for i, cache in enumerate(caches):
+        one = alone(cache, *(x[i] for x in arguments))
+        assert_trees_identical(entry(mapped, i), one)
+        results.append((told(one[2]), told(one[4])))
+    assert results == [("successful",) * 2] * 2 + [("out_of_pages", "successful")]
+
+
+def test_64_bit_mode_changes_nothing(getkey, tmp_path):
+    cache, _ = fill(empty(), (12, 5, 0, 0), rng_of(getkey())).fork(0, 2)
+    cache.save(tmp_path / "rows", [0, 2])
+
+    @quick_jit
+    def change(cache):
+        decode = cache.append(ints((1, 0, 1, 1)))
+        mixed = decode[0].append(ints((1, 0, 3, 1)), 9)
+        cut = mixed[0].truncate(ints((3, 9, 8, 0))).free(jnp.arange(4) == 0)
+        return decode, mixed, cut, cut.fork(1, 0)
+
+    wanted = change(cache), cache.load(tmp_path / "rows", [3, 1])
+    with jax.enable_x64(True):
+        actual = change(cache), cache.load(tmp_path / "rows", [3, 1])
+    assert_trees_identical(actual, wanted)
+
+
 # --- Saving
 
 DTYPES = ("float32", "bfloat16")
@@ -306,23 +375,63 @@ def test_a_damaged_file_is_refused(getkey, tmp_path):
     cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
     cache.save(tmp_path / "rows", [0])
     whole = (tmp_path / "rows").read_bytes()
-    for damaged in (b"", b"nonsense", whole[:40], whole[:-7], whole + b"x"):
+    # Cut within the header's length, the header, its end, and the tensors.
+    end = 8 + int.from_bytes(whole[:8], "little")
+    cuts = (1, 7, 8, 9, 40, end - 1, end, end + 1, (end + len(whole)) // 2, -7, -1)
+    for damaged in (b"", b"nonsense", whole + b"x", *(whole[:n] for n in cuts)):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(ValueError):
-            empty().load(tmp_path / "damaged", [0])
+            cache.load(tmp_path / "damaged", [2])
     with pytest.raises(FileNotFoundError):
-        empty().load(tmp_path / "missing", [0])
+        cache.load(tmp_path / "missing", [2])
+    # The cache that met them is still good.
+    loaded, result = cache.load(tmp_path / "rows", [2])
+    assert told(result) == "successful"
+    assert_same_contents(loaded, 2, contents(cache, 0))
+
+
+def read_file(path):
+    import safetensors
+
+    with safetensors.safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+# The first row has one page and the second two, so that the first's second entry is unused.
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("kv_lens", np.array([9, 12], np.int32)),  # the first row would hold a page twice
+        ("kv_lens", np.array([12, 3], np.int32)),
+        ("kv_lens", np.array([3, 8], np.int32)),
+        ("kv_lens", np.array([3, 17], np.int32)),
+        ("kv_lens", np.array([3.0, 12.0], np.float32)),
+        ("kv_lens", np.array([[3, 12]], np.int32)),
+        ("kv_lens", np.array(3, np.int32)),
+        ("page_indices", np.array([[0, 0], [1, 1]], np.int32)),
+        ("page_indices", np.array([[0, 0], [1, 0]], np.int32)),  # page 0 as a second page
+        ("page_indices", np.array([[0, 0], [1, 2]], np.float32)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else f"{x.tolist()}, {x.dtype}",
+)
+def test_a_file_with_corrupted_rows_is_refused(getkey, tmp_path, name, wrong):
+    import safetensors.numpy
+
+    cache = fill(empty(), (3, 12, 0, 0), rng_of(getkey()))
+    cache.save(tmp_path / "rows", [0, 1])
+    tensors, metadata = read_file(tmp_path / "rows")
+    assert tensors["page_indices"].tolist() == [[0, 0], [1, 2]]
+    safetensors.numpy.save_file(tensors | {name: wrong}, tmp_path / "rows", metadata)
+    with pytest.raises(ValueError, match="rows"):
+        cache.load(tmp_path / "rows", [2, 3])
 
 
 def test_a_file_with_a_wrong_table_is_refused(getkey, tmp_path):
-    import safetensors
     import safetensors.numpy
 
     cache = fill(empty(), (12, 3, 0, 0), rng_of(getkey()))
     cache.save(tmp_path / "rows", [0, 1])
-    with safetensors.safe_open(tmp_path / "rows", "np") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors, metadata = read_file(tmp_path / "rows")
     integers = [n for n, x in tensors.items() if x.dtype == np.int32]
     assert integers
     for name in integers:

@@ -13,8 +13,10 @@ from . import oracle
 from .helpers import (
     assert_trees_identical,
     count_compilations,
+    entry,
     ints,
     layer_pools,
+    quick_jit,
     row_tokens,
     told,
 )
@@ -148,10 +150,14 @@ def padded(prompts, num_rows=None):
 
 
 def generate(model, cache, prompts, **options):
+    return generate_padded(model, cache, *padded(prompts), **options)
+
+
+def generate_padded(model, cache, prompts, prompt_lens, **options):
     import eqx_paged
 
     options = dict(max_new_tokens=MAX_NEW_TOKENS, prefill_chunk=16) | options
-    return eqx_paged.generate(model, cache, *padded(prompts), **options)
+    return eqx_paged.generate(model, cache, prompts, prompt_lens, **options)
 
 
 def answers(generation):
@@ -462,6 +468,44 @@ def test_generation_may_be_jitted(model):
     generation, cache = run(model, empty(), PROMPTS)
     assert answers(generation) == expected(PROMPTS)
     assert cache.kv_lens.tolist() == held(PROMPTS, expected(PROMPTS))
+
+
+def test_a_jitted_batch_of_sampler_keys_gives_a_generation_each(model):
+    # The model is closed over, and there are rows to spare, which are cut off while traced.
+    # One layer will do, and compiles sooner.
+    model = eqx.tree_at(lambda m: m.weights["layers"], model, model.weights["layers"][:1])
+
+    def run(key):
+        options = dict(sampler=categorical, key=key, throw=False)
+        return generate(model, empty(num_layers=1), PROMPTS[:2], **options)
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    many, caches = quick_jit(jax.vmap(run))(keys)
+    assert many.tokens.shape == (3, 2, MAX_NEW_TOKENS)
+    alone, drawn = quick_jit(run), []
+    for i, key in enumerate(keys):
+        one, cache = alone(key)
+        assert told(entry(many.result, i)) == told(one.result) == "successful"
+        drawn.append(answers(one))
+        assert answers(entry(many, i)) == drawn[-1]
+        assert_trees_identical(entry(caches, i).table, cache.table)
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+def test_64_bit_mode_changes_nothing(model):
+    @quick_jit
+    def run(cache, prompts, prompt_lens):
+        return generate_padded(model, cache, prompts, prompt_lens, throw=False)
+
+    with jax.enable_x64(True):
+        # As NumPy makes them: int64.
+        prompts = (np.asarray(x, np.int64) for x in padded(PROMPTS[:2]))
+        generation, cache = run(empty(), *prompts)
+    assert told(generation.result) == "successful"
+    assert answers(generation) == expected(PROMPTS[:2])
+    assert cache.kv_lens.tolist() == [16, 31, 0, 0]
+    for x, y in zip(jax.tree.leaves(cache), jax.tree.leaves(empty()), strict=True):
+        assert x.dtype == y.dtype
 
 
 def test_throw_cannot_be_jitted(model):

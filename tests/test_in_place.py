@@ -1,6 +1,8 @@
 """A donated step updates the cache in place: nothing as large as a layer is copied."""
 
 import dataclasses
+import inspect
+import re
 import statistics
 import time
 
@@ -85,28 +87,33 @@ def test_a_loop_of_steps_copies_no_layer(dtype, head_dim):
     assert_in_place(compiled, cache)
 
 
+class Echo(eqx.Module):
+    """A model of attention alone."""
+
+    def __call__(self, tokens, cache, batch):
+        import eqx_paged
+
+        layers = []
+        x = tokens[:, None].astype(jnp.float32) * jnp.ones((1, 64))
+        for layer in cache.layers:
+            q = jnp.repeat(x[:, None], NUM_HEADS, axis=1)
+            k = q[:, :NUM_KV_HEADS]
+            out, layer = eqx_paged.PagedAttention()(q, k, k, layer, batch)
+            x = x + out[:, 0]
+            layers.append(layer)
+        return x, dataclasses.replace(cache, layers=tuple(layers))
+
+    def unembed(self, hidden):
+        return hidden
+
+
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_generation_with_a_donated_cache_copies_no_layer(dtype):
     import eqx_paged
 
-    class Model(eqx.Module):
-        def __call__(self, tokens, cache, batch):
-            layers = []
-            x = tokens[:, None].astype(jnp.float32) * jnp.ones((1, 64))
-            for layer in cache.layers:
-                q = jnp.repeat(x[:, None], NUM_HEADS, axis=1)
-                k = q[:, :NUM_KV_HEADS]
-                out, layer = eqx_paged.PagedAttention()(q, k, k, layer, batch)
-                x = x + out[:, 0]
-                layers.append(layer)
-            return x, dataclasses.replace(cache, layers=tuple(layers))
-
-        def unembed(self, hidden):
-            return hidden
-
     def run(cache, prompts, prompt_lens):
         return eqx_paged.generate(
-            Model(),
+            Echo(),
             cache,
             prompts,
             prompt_lens,
@@ -119,6 +126,26 @@ def test_generation_with_a_donated_cache_copies_no_layer(dtype):
     prompts = jnp.ones((NUM_SEQS, 20), jnp.int32), ints([20, 3, 0, 7])
     compiled = jax.jit(run, donate_argnums=0).lower(cache, *prompts).compile()
     assert_in_place(compiled, cache)
+
+
+def test_the_example_of_generate_donates_its_cache():
+    """The program that its docstring shows."""
+    import eqx_paged
+
+    (example,) = re.findall(
+        r"```python\n(.*?)```", inspect.getdoc(eqx_paged.generate), re.DOTALL
+    )
+    names = {"eqx": eqx, "eqx_paged": eqx_paged}
+    exec(inspect.cleandoc(example), names)
+    cache, prompts = empty(NUM_PAGES), jnp.ones((NUM_SEQS, 20), jnp.int32)
+    inputs = Echo(), prompts, ints([20, 3, 0, 7])
+    run = names["run"].lower(inputs, cache).compile()
+    assert_in_place(run.compiled, cache)
+    generation, after = run(inputs, cache)
+    assert generation.lengths.tolist() == [64, 64, 0, 64]
+    assert after.kv_lens.tolist() == [83, 66, 0, 70]
+    assert all(x.is_deleted() for x in jax.tree.leaves(cache))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(inputs))
 
 
 def test_a_fork_and_a_free_copy_no_layer():

@@ -5,7 +5,15 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from . import oracle
-from .helpers import assert_trees_identical, check_table, ints, quick_jit, told
+from .helpers import (
+    assert_trees_identical,
+    check_table,
+    entry,
+    fails_naming,
+    ints,
+    quick_jit,
+    told,
+)
 
 
 def empty(num_pages=10, num_seqs=4, pages_per_seq=4, page_size=8):
@@ -88,6 +96,62 @@ def test_an_empty_table():
 def test_sizes_are_checked(name, value):
     with pytest.raises(ValueError, match=rf"(?s)(?=.*{name})(?=.*{value})"):
         empty(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "counts, words",
+    [
+        (jnp.zeros(3, jnp.int32), ("(4,)", "(3,)")),
+        (jnp.zeros(5, jnp.int32), ("(4,)", "(5,)")),
+        (jnp.zeros((4, 1), jnp.int32), ("(4,)", "(4, 1)")),
+        (jnp.zeros((), jnp.int32), ("(4,)", "()")),
+        (jnp.zeros(4, jnp.int16), ("int32", "int16")),
+        (jnp.zeros(4, jnp.uint32), ("int32", "uint32")),
+        (jnp.zeros(4), ("int32", "float32")),
+        (jnp.zeros(4, bool), ("int32", "bool")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ("append", "reserve", "truncate"))
+def test_counts_are_int32_and_one_a_row(no_type_hook, name, counts, words):
+    table, _ = empty()
+    with fails_naming(words):
+        getattr(table, name)(counts)
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (jnp.zeros(3, bool), ("(4,)", "(3,)")),
+        (jnp.zeros((), bool), ("(4,)", "()")),
+        (jnp.zeros(4, jnp.int32), ("bool", "int32")),
+        (jnp.zeros(4), ("bool", "float32")),
+    ],
+    ids=str,
+)
+def test_rows_to_free_are_a_mask(no_type_hook, rows, words):
+    table, _ = empty()
+    with fails_naming(words):
+        table.free(rows)
+
+
+@pytest.mark.parametrize(
+    "src, dst, words",
+    [
+        (ints((0,)), ints((1, 2)), ("(1,)", "(2,)")),
+        (ints(0), ints((1,)), ("()", "(1,)")),
+        (0, ints((1, 2)), ("()", "(2,)")),
+        (ints([[0, 1]]), ints([[2, 3]]), ("(1, 2)",)),
+        (jnp.zeros(1), ints((1,)), ("src", "float32")),
+        (ints((0,)), jnp.ones(1), ("dst", "float32")),
+        (ints(0), True, ("dst", "bool")),
+    ],
+    ids=str,
+)
+def test_forks_are_pairs_of_integers(no_type_hook, src, dst, words):
+    table, _ = empty()
+    with fails_naming(words):
+        table.fork(src, dst)
 
 
 def test_append_takes_a_page_when_the_last_is_full():
@@ -220,6 +284,26 @@ def test_array_forks_from_one_and_from_several_rows():
     pair.append(0, 1, 0, 1, 1, 0, 1, 0)
 
 
+def test_forks_of_one_call_are_all_from_the_table_before_it():
+    # A chain: row 1 is the target of the first and the source of the second.
+    pair = Pair()
+    pair.append(20, 0, 0, 0)
+    for src, dst in (([0, 1], [1, 2]), ([3, 2], [2, 3]), ([2, 0], [3, 2])):
+        assert pair.fork(src, dst) == "successful"
+        assert pair.append(1, 1, 1, 1) == "successful"
+        pair.free(1, 2, 3)
+    assert pair.fork([0, 1], [1, 1]) == "row_in_use"
+    assert pair.fork([0, 1, 2], [1, 2, 0]) == "row_in_use"
+
+
+def test_no_fork_at_all_changes_nothing():
+    pair = Pair()
+    pair.append(20, 3, 0, 0)
+    before = pair.table
+    assert pair.fork([], []) == "successful"
+    assert_trees_identical(pair.table, before)
+
+
 def test_the_last_page_is_copied_before_it_is_written():
     pair = Pair()
     pair.append(12, 0, 0, 0)
@@ -345,10 +429,6 @@ def test_one_row_and_one_page():
     pair.free(0)
     assert pair.append(9) == "sequence_too_long"
     assert pair.append(1) == "successful"
-
-
-def entry(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
 
 
 def test_all_operations_may_be_jitted_scanned_and_mapped():

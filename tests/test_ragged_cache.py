@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .helpers import append, assert_trees_identical, check_batch, ints, normal, rng_of, told
+from .helpers import (
+    append,
+    assert_trees_identical,
+    check_batch,
+    fails_naming,
+    ints,
+    normal,
+    rng_of,
+    told,
+)
 
 
 SIZES = dict(num_layers=2, num_seqs=3, max_len=20, num_kv_heads=2, head_dim=16)
@@ -109,6 +118,61 @@ def test_written_tokens_are_where_they_belong(getkey, dtype):
         if values.dtype == np.uint16:
             values = values.view(jnp.dtype("bfloat16"))
         np.testing.assert_array_equal(values.astype(np.float32), sign * wanted)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(k=(5, 2, 8)), ("k", "(5, 2, 16)", "(5, 2, 8)")),
+        (dict(v=(5, 2, 32)), ("v", "(5, 2, 16)", "(5, 2, 32)")),
+        (dict(k=(5, 1, 16)), ("k", "(5, 2, 16)", "(5, 1, 16)")),
+        (dict(v=(4, 2, 16)), ("v", "(5, 2, 16)", "(4, 2, 16)")),
+        (dict(slots=(4,)), ("k", "(4, 2, 16)", "(5, 2, 16)")),
+        (dict(k=(5, 32)), ("k", "(5, 2, 16)", "(5, 32)")),
+    ],
+    ids=str,
+)
+def test_written_tokens_fit_the_cache(no_type_hook, changed, words):
+    shapes = dict(k=(5, 2, 16), v=(5, 2, 16), slots=(5,)) | changed
+    k, v = jnp.zeros(shapes["k"]), jnp.zeros(shapes["v"])
+    with fails_naming(words):
+        empty().layers[0].write(k, v, jnp.zeros(shapes["slots"], jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(slots=((5,), "float32")), ("slots", "int32", "float32")),
+        (dict(slots=((5, 1), "int32")), ("slots", "(5, 1)")),
+        (dict(slots=((), "int32")), ("slots", "()")),
+        (dict(k=((5, 2, 16), "int32")), ("k", "int32")),
+    ],
+    ids=str,
+)
+def test_what_is_written_is_floating_point_with_an_int32_slot_each(
+    no_type_hook, changed, words
+):
+    entries = (5, 2, 16), "float32"
+    arguments = dict(k=entries, v=entries, slots=((5,), "int32")) | changed
+    with fails_naming(words):
+        empty().layers[0].write(**{n: jnp.zeros(*x) for n, x in arguments.items()})
+
+
+@pytest.mark.parametrize(
+    "name, argument, words",
+    [
+        ("append", jnp.zeros(4, jnp.int32), ("(3,)", "(4,)")),
+        ("append", jnp.zeros(3, jnp.int16), ("int32", "int16")),
+        ("truncate", jnp.zeros(3), ("int32", "float32")),
+        ("truncate", jnp.zeros((3, 1), jnp.int32), ("(3,)", "(3, 1)")),
+        ("free", jnp.zeros(2, bool), ("(3,)", "(2,)")),
+        ("free", jnp.zeros(3, jnp.int32), ("bool", "int32")),
+    ],
+    ids=str,
+)
+def test_arguments_are_one_a_row(no_type_hook, name, argument, words):
+    with fails_naming(words):
+        getattr(empty(), name)(argument)
 
 
 def test_starts_reach_the_batch():

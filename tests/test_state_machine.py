@@ -4,6 +4,8 @@ Shapes are fixed, so that every operation compiles once.
 """
 
 import dataclasses
+import pathlib
+import tempfile
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,6 +16,7 @@ import pytest
 from hypothesis.stateful import (
     initialize,
     invariant,
+    precondition,
     rule,
     RuleBasedStateMachine,
     run_state_machine_as_test,
@@ -21,11 +24,13 @@ from hypothesis.stateful import (
 
 from . import oracle
 from .helpers import (
+    assert_close,
     assert_trees_identical,
     check_batch,
     check_table,
     ints,
     layer_pools,
+    normal,
     poison_free_pages,
     row_tokens,
     told,
@@ -63,11 +68,10 @@ lengths = st.lists(
 rows = st.integers(0, NUM_SEQS - 1)
 maybe_rows = st.one_of(rows, rows, rows, st.sampled_from((-1, NUM_SEQS, 2**31 - 1)))
 row_sets = st.lists(st.booleans(), min_size=NUM_SEQS, max_size=NUM_SEQS)
-
-
-def forks_differ_from_sources(src, dst):
-    # Whether a row may be the source of one fork and the target of another is left open.
-    return all(s == d or s not in dst for s, d in zip(src, dst))
+some_rows = st.one_of(
+    st.lists(rows, min_size=1, max_size=3, unique=True), st.just(list(range(NUM_SEQS)))
+)
+row_orders = st.permutations(range(NUM_SEQS))
 
 
 # --- The page table
@@ -119,7 +123,6 @@ class PageTableMachine(RuleBasedStateMachine):
 
     @rule(src=st.tuples(maybe_rows, maybe_rows), dst=st.tuples(maybe_rows, maybe_rows))
     def fork_two(self, src, dst):
-        hypothesis.assume(forks_differ_from_sources(src, dst))
         table, result = table_fork(self.table, ints(src), ints(dst))
         self.take(table, result, self.model.fork(src, dst))
 
@@ -144,6 +147,10 @@ NUM_LAYERS = 2
 NUM_KV_HEADS = 2
 HEAD_DIM = 16
 NUM_TOKENS = 20
+NUM_HEADS = 4
+SCALE = 1 / 64  # of what is stored, which is up to 64
+# Caches to load into: of fewer pages, of more, and of shorter rows.
+OTHER_CACHES = (dict(num_pages=2), dict(num_pages=40), dict(num_pages=20, max_len=8))
 
 
 def stored(values, layer):
@@ -194,28 +201,68 @@ def cache_free(cache, gone):
 poison = jax.jit(poison_free_pages)
 
 
+@jax.jit
+def attend(cache, q):
+    import eqx_paged
+
+    layer, table = cache.layers[-1], cache.table
+    return eqx_paged.paged_attention(
+        q,
+        layer.k_pages,
+        layer.v_pages,
+        table.kv_lens,
+        table.page_indices,
+        k_scale=SCALE,
+        v_scale=SCALE,
+    )
+
+
+def empty(dtype, num_pages=NUM_PAGES, max_len=MAX_LEN):
+    import eqx_paged
+
+    return eqx_paged.PagedKVCache.empty(
+        num_layers=NUM_LAYERS,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_seqs=NUM_SEQS,
+        max_len=max_len,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def check_contents(cache, contents):
+    """Each row stores its own tokens, in both layers."""
+    indices = np.asarray(cache.table.page_indices)
+    for i, (k_pool, v_pool) in enumerate(layer_pools(cache)):
+        for row, numbers in zip(indices, contents):
+            wanted = stored(np.array(numbers, np.float32), i)
+            k = row_tokens(k_pool, row, len(numbers))
+            v = row_tokens(v_pool, row, len(numbers))
+            np.testing.assert_array_equal(k, wanted)
+            np.testing.assert_array_equal(v, -wanted)
+
+
 class CacheMachine(RuleBasedStateMachine):
     dtype = "float32"
 
     @initialize()
     def start(self):
-        import eqx_paged
-
-        self.cache = poison(
-            eqx_paged.PagedKVCache.empty(
-                num_layers=NUM_LAYERS,
-                num_pages=NUM_PAGES,
-                page_size=PAGE_SIZE,
-                num_kv_heads=NUM_KV_HEADS,
-                head_dim=HEAD_DIM,
-                num_seqs=NUM_SEQS,
-                max_len=MAX_LEN,
-                dtype=jnp.dtype(self.dtype),
-            )
-        )
+        self.cache = poison(empty(self.dtype))
         self.model = oracle.PageTable(**SIZES)
         self.contents = [[] for _ in range(NUM_SEQS)]  # a number for each token
         self.next_number = 0
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved = None  # rows of the model and of the contents, as in the file
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    @property
+    def file(self):
+        return pathlib.Path(self.folder.name) / "rows"
 
     def new_numbers(self, num):
         # In -60 .. 60, where bfloat16 holds quarters; more than a row can hold.
@@ -270,7 +317,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(src=st.tuples(maybe_rows, maybe_rows), dst=st.tuples(maybe_rows, maybe_rows))
     def fork_two(self, src, dst):
-        hypothesis.assume(forks_differ_from_sources(src, dst))
         self.fork_all(src, dst, ints(src), ints(dst))
 
     def fork_all(self, src, dst, src_array, dst_array):
@@ -295,20 +341,71 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.free(gone)
         self.contents = [[] if x else row for row, x in zip(self.contents, gone)]
 
+    @rule(chosen=some_rows, and_free=st.booleans())
+    def save(self, chosen, and_free):
+        # Mostly rows that hold something; saving nothing at all is tried as well.
+        held = [i for i, n in enumerate(self.model.lengths) if n > 0] or range(NUM_SEQS)
+        chosen = list(dict.fromkeys(held[i % len(held)] for i in chosen))
+        self.cache.save(self.file, chosen)
+        self.saved = (
+            self.model.copies_of(chosen),
+            [list(self.contents[i]) for i in chosen],
+        )
+        if and_free:
+            self.free([i in chosen for i in range(NUM_SEQS)])
+
+    @precondition(lambda self: self.saved is not None)
+    @rule(order=row_orders)
+    def load(self, order):
+        rows, contents = self.saved
+        into = order[: len(rows)]
+        wanted = self.model.load(rows, into)
+        cache, result = self.cache.load(self.file, into)
+        self.take(cache, result, wanted)
+        if wanted == "successful":
+            for i, numbers in zip(into, contents):
+                self.contents[i] = list(numbers)
+
+    @precondition(lambda self: self.saved is not None)
+    @rule(order=row_orders, sizes=st.sampled_from(OTHER_CACHES))
+    def load_into_another_cache(self, order, sizes):
+        rows, contents = self.saved
+        into = order[: len(rows)]
+        other = poison(empty(self.dtype, **sizes))
+        model = oracle.PageTable(
+            num_pages=other.table.num_pages,
+            num_seqs=NUM_SEQS,
+            pages_per_seq=other.table.pages_per_seq,
+            page_size=PAGE_SIZE,
+        )
+        wanted = model.load(rows, into)
+        cache, result = other.load(self.file, into)
+        assert told(result) == wanted
+        check_table(cache.table, model)
+        if wanted == "successful":
+            found = dict(zip(into, contents))
+            check_contents(cache, [found.get(i, []) for i in range(NUM_SEQS)])
+        else:
+            assert_trees_identical(cache, other)
+
+    @rule(seed=st.integers(0, 2**16))
+    def attend(self, seed):
+        rng = np.random.default_rng(seed)
+        q = normal(rng, (NUM_SEQS, NUM_HEADS, HEAD_DIM), self.dtype)
+        out = attend(self.cache, jnp.asarray(q))
+        keys = [stored(np.array(x, np.float32), NUM_LAYERS - 1) for x in self.contents]
+        wanted, _, _ = oracle.attention_rows(
+            q[:, None], keys, [-k for k in keys], k_scale=SCALE, v_scale=SCALE
+        )
+        assert_close(out, wanted, self.dtype)
+
     @invariant()
     def agrees(self):
         check_table(self.cache.table, self.model)
 
     @invariant()
     def every_stored_token_is_where_it_belongs(self):
-        indices = np.asarray(self.cache.table.page_indices)
-        for i, (k_pool, v_pool) in enumerate(layer_pools(self.cache)):
-            for row, numbers in zip(indices, self.contents):
-                wanted = stored(np.array(numbers, np.float32), i)
-                k = row_tokens(k_pool, row, len(numbers))
-                v = row_tokens(v_pool, row, len(numbers))
-                np.testing.assert_array_equal(k, wanted)
-                np.testing.assert_array_equal(v, -wanted)
+        check_contents(self.cache, self.contents)
 
 
 class BFloat16CacheMachine(CacheMachine):

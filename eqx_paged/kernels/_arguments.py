@@ -75,8 +75,9 @@ def check_options(
 ) -> None:
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(f"soft_cap must be above 0 and finite, but is {soft_cap}.")
+    # Not `isinstance`, which would take True for a window of one token.
     if sliding_window is not None and (
-        not isinstance(sliding_window, int) or sliding_window < 1
+        type(sliding_window) is not int or sliding_window < 1
     ):
         raise ValueError(
             f"sliding_window must be an int of at least 1, but is {sliding_window}."

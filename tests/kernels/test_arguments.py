@@ -1,10 +1,13 @@
 """Static misuse: a `ValueError` that names both values, without the typing hook."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+
+from ..helpers import fails_naming
 
 
 pytestmark = pytest.mark.usefixtures("no_type_hook")
@@ -98,12 +101,6 @@ PAGES = [
 ]
 
 
-def fails_naming(words):
-    # Each as a word of its own, in any order.
-    pattern = "".join(rf"(?=.*(?<!\w){re.escape(word)}(?!\w))" for word in words)
-    return pytest.raises(ValueError, match=f"(?s){pattern}")
-
-
 @pytest.mark.parametrize("changed, words", PAGES, ids=lambda x: str(x))
 @pytest.mark.parametrize("name", ("paged_attention", "ragged_paged_attention"))
 def test_attention_over_pages(name, changed, words):
@@ -135,8 +132,15 @@ def test_mixed_attention(changed, words):
 OPTIONS = [
     (dict(soft_cap=0.0), ("0.0",)),
     (dict(soft_cap=-2.0), ("-2.0",)),
+    (dict(soft_cap=math.inf), ("inf",)),
+    (dict(soft_cap=math.nan), ("nan",)),
     (dict(sliding_window=0), ("0",)),
     (dict(sliding_window=-3), ("-3",)),
+    (dict(sliding_window=2.5), ("2.5",)),
+    (dict(sliding_window=True), ("True",)),
+    (dict(mask_value=0.0), ("0.0",)),
+    (dict(mask_value=-math.inf), ("-inf",)),
+    (dict(mask_value=math.nan), ("nan",)),
     (dict(sinks=jnp.zeros(3)), ("(4,)", "(3,)")),
     (dict(k_scale=jnp.ones(4)), ("(2,)", "(4,)")),
     (dict(v_scale=jnp.ones(3)), ("(2,)", "(3,)")),

@@ -33,7 +33,7 @@ check = ft.partial(check_paged, "paged_attention")
 
 
 @every_implementation
-@pytest.mark.parametrize("page_size", (8, 16, 32, 64, 128))
+@pytest.mark.parametrize("page_size", (8, 16, 32, 64, 128, 256))
 def test_lengths_at_the_edges_of_a_page(getkey, implementation, page_size):
     case = paged_case(getkey(), kv_lens=edge_lens(page_size), page_size=page_size)
     check(case, implementation)

@@ -10,6 +10,7 @@ from ..helpers import (
     default_mask_value,
     every_implementation,
     head_values,
+    ints,
     OPTIONS,
     ragged_case,
     rng_of,
@@ -55,6 +56,14 @@ WINDOWS = (
 def test_windows_at_the_edges_of_a_block(getkey, implementation, block_size):
     case = ragged_case(getkey(), windows=WINDOWS, size=300)
     check(case, implementation, block_size=block_size)
+
+
+@every_implementation
+def test_starts_below_zero_are_the_buffers_beginning(getkey, implementation):
+    case = ragged_case(getkey(), windows=((0, 20), (0, 0), (0, 9), (0, 1)), size=20)
+    args = (*case.args[:-1], ints((-1, -(2**31), -300, -7)))
+    for x, wanted in zip(run("ragged_gqa", implementation, args), expected(case)):
+        assert_close(x, wanted)
 
 
 @every_implementation

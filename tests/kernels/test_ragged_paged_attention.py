@@ -39,6 +39,14 @@ def mixed_rows(page_size):
 
 
 @every_implementation
+def test_the_largest_pages(getkey, implementation):
+    case = paged_case(
+        getkey(), kv_lens=(256, 257, 3), q_lens=(1, 2, 3), page_size=256, num_heads=2
+    )
+    check(case, implementation)
+
+
+@every_implementation
 @pytest.mark.parametrize("page_size", (8, 16, 128))
 def test_mixed_batches_at_the_edges_of_a_page(getkey, implementation, page_size):
     case = paged_case(getkey(), **mixed_rows(page_size), page_size=page_size, num_heads=2)
