@@ -12,7 +12,7 @@ from ._batch import RaggedBatch
 from ._kv_pages import KVPages
 from ._ragged_cache import RaggedKV
 from ._types import Implementation
-from .kernels._arguments import check_equal
+from .kernels._arguments import check_equal, check_rank
 from .kernels.paged_attention import paged_attention
 from .kernels.ragged_attention import ragged_gqa
 from .kernels.ragged_attention.api import ragged_chunk_attention
@@ -55,7 +55,7 @@ class PagedAttention(eqx.Module):
         The output, which is 0 for padding and idle rows, and the new pages.
         """
         _check_kind(pages, KVPages, "PagedAttention")
-        check_equal("head_dim of q", q.shape[-1], "of the cache", pages.head_dim)
+        _check_step(q, pages.head_dim, pages.page_size, batch)
         pages = pages.write(k, v, batch.slots, implementation=self.implementation)
         options = _options_of(self)
         where = (pages.k_pages, pages.v_pages, batch.kv_lens, batch.page_indices)
@@ -103,6 +103,7 @@ class RaggedAttention(eqx.Module):
         `batch` from [`eqx_paged.RaggedKVCache.append`][].
         """
         _check_kind(kv, RaggedKV, "RaggedAttention")
+        _check_step(q, kv.k.shape[3], kv.k.shape[1], batch)
         kv = kv.write(k, v, batch.slots)
         options = _options_of(self)
         where = (kv.k, kv.v, batch.kv_lens, batch.starts)
@@ -232,6 +233,14 @@ def _check_kind(layer: Any, kind: type, attention: str) -> None:
             f"{attention} reads a layer of type {kind.__name__}, but was given a "
             f"{type(layer).__name__}."
         )
+
+
+def _check_step(q: Array, head_dim: int, page_size: int, batch: RaggedBatch) -> None:
+    check_rank("q", q, 3)
+    num_tokens = batch.positions.shape[0]
+    check_equal("num_tokens of q", q.shape[0], "of the batch", num_tokens)
+    check_equal("head_dim of q", q.shape[2], "of the cache", head_dim)
+    check_equal("page_size of the batch", batch.page_size, "of the cache", page_size)
 
 
 def _options_of(attention: PagedAttention | RaggedAttention) -> dict[str, Any]:

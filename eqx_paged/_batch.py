@@ -23,6 +23,7 @@ class RaggedBatch(eqx.Module):
     - `positions`: each token's position in its sequence.
     - `slots`: where each token's key and value are stored, as `page * page_size + offset`.
     - `last_tokens`: which token is the last of each row; 0 for an idle row.
+    - `page_size`: of the cache that it is about; the `max_len` of a contiguous one.
     """
 
     page_indices: Int32[Array, "num_seqs pages_per_seq"]
@@ -34,6 +35,7 @@ class RaggedBatch(eqx.Module):
     slots: Int32[Array, " num_tokens"]
     last_tokens: Int32[Array, " num_seqs"]
     kind: Literal["decode", "mixed"] = eqx.field(static=True)
+    page_size: int = eqx.field(static=True)
 
     @classmethod
     def of_step(
@@ -85,6 +87,7 @@ class RaggedBatch(eqx.Module):
             slots=jnp.where(exists, slots, num_pages * page_size),
             last_tokens=jnp.where(active, last_tokens, 0),
             kind="decode" if num_tokens is None else "mixed",
+            page_size=page_size,
         )
 
 

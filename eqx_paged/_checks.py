@@ -1,6 +1,7 @@
 """What every cache checks: sizes and arguments before any work, a step while it runs."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -8,6 +9,7 @@ from ._results import RESULTS
 
 
 def check_page_size(page_size: int) -> None:
+    check_positive(page_size=page_size)
     if not 8 <= page_size <= 256 or page_size & (page_size - 1):
         raise ValueError(
             f"page_size must be a power of two from 8 to 256, but is {page_size}."
@@ -15,9 +17,15 @@ def check_page_size(page_size: int) -> None:
 
 
 def check_positive(**counts: int) -> None:
+    check_int(least=1, **counts)
+
+
+def check_int(*, least: int, **counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, but is {count}.")
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+            raise ValueError(f"{name} must be an int, but is {count!r}.")
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, but is {count}.")
 
 
 def check_cache(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:
@@ -29,6 +37,7 @@ def check_cache(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:
 
 
 def check_per_row(name: str, counts: Array, num_seqs: int) -> None:
+    check_array(name, counts)
     if counts.shape != (num_seqs,) or counts.dtype != jnp.int32:
         raise ValueError(
             f"{name} must be int32 of shape {(num_seqs,)}, one count a row, but is "
@@ -36,7 +45,13 @@ def check_per_row(name: str, counts: Array, num_seqs: int) -> None:
         )
 
 
+def check_array(name: str, array: object) -> None:
+    if not hasattr(array, "dtype"):
+        raise ValueError(f"{name} must be an array, but is {array!r}.")
+
+
 def check_mask(rows: Array, num_seqs: int) -> None:
+    check_array("rows", rows)
     if rows.shape != (num_seqs,) or rows.dtype != jnp.bool_:
         raise ValueError(
             f"rows must be a mask, bool of shape {(num_seqs,)}, but is {rows.dtype} of "

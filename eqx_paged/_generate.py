@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from ._batch import RaggedBatch, row_of_token
 from ._cache import PagedKVCache
+from ._checks import check_array, check_int, check_positive
 from ._ragged_cache import RaggedKVCache
 from ._results import RESULTS
 
@@ -140,7 +141,10 @@ def generate(
             )
         ```
     """
-    _check_arguments(prompts, prompt_lens, cache.num_seqs, max_new_tokens, prefill_chunk)
+    check_int(max_new_tokens=max_new_tokens, least=0)
+    check_positive(prefill_chunk=prefill_chunk)
+    _check_prompts(prompts, prompt_lens, cache.num_seqs)
+    _check_tokens("stop_tokens", stop_tokens)
     num_prompts, max_prompt_len = prompts.shape
     arguments = (model, cache, prompts, prompt_lens, stop_tokens, key)
     if throw and _is_traced(arguments):
@@ -160,9 +164,9 @@ def generate(
         prompt_lens,
         jnp.asarray(stop_tokens, jnp.int32),
         key,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=int(max_new_tokens),
         sampler=sampler,
-        chunk=min(prefill_chunk, prompts.size),
+        chunk=min(int(prefill_chunk), prompts.size),
     )
     if throw and result != RESULTS.successful:
         raise RuntimeError(
@@ -208,7 +212,9 @@ def _run(
             return rows
         logits = model.unembed(hidden[batch.last_tokens])
         step_key = None if key is None else jax.random.fold_in(key, rows.step)
-        new = sampler(logits, step_key).astype(jnp.int32)
+        new = sampler(logits, step_key)
+        _check_sampled(new, logits.shape[0])
+        new = new.astype(jnp.int32)
         column = jnp.where(made, rows.lengths, max_new_tokens)
         row = jnp.arange(new.shape[0], dtype=jnp.int32)
         lengths = rows.lengths + made.astype(jnp.int32)
@@ -282,7 +288,9 @@ def _is_traced(tree):
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def _check_arguments(prompts, prompt_lens, num_seqs, max_new_tokens, prefill_chunk):
+def _check_prompts(prompts, prompt_lens, num_seqs):
+    check_array("prompts", prompts)
+    check_array("prompt_lens", prompt_lens)
     if prompts.ndim != 2 or prompt_lens.shape != prompts.shape[:1]:
         raise ValueError(
             "prompts must be [num_prompts, max_prompt_len] and prompt_lens [num_prompts], "
@@ -298,10 +306,29 @@ def _check_arguments(prompts, prompt_lens, num_seqs, max_new_tokens, prefill_chu
         )
     if max_prompt_len < 1:
         raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, but is {max_new_tokens}.")
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk must be at least 1, but is {prefill_chunk}.")
+    if prompts.dtype.itemsize > 4:
+        _check_tokens("prompts", prompts)
+
+
+def _check_tokens(name, tokens):
+    if _is_traced(tokens):
+        return
+    array = np.asarray(tokens)
+    if array.size and (array.ndim == 0 or not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} must be integers, but are {tokens!r}.")
+    int32 = np.iinfo(np.int32)
+    if array.size and not int32.min <= array.min() <= array.max() <= int32.max:
+        raise ValueError(
+            f"{name} must be int32, but reach from {array.min()} to {array.max()}."
+        )
+
+
+def _check_sampled(tokens, num_seqs):
+    if tokens.shape != (num_seqs,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"sampler must return integers of shape {(num_seqs,)}, a token a row, but "
+            f"returned {tokens.dtype} of shape {tokens.shape}."
+        )
 
 
 def _check_prompts_fit(cache, max_prompt_len, prompt_lens):

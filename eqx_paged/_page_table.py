@@ -152,10 +152,10 @@ class PageTable(eqx.Module):
         also be `too_many_tokens`.
         """
         check_per_row("q_lens", q_lens, self.num_seqs)
-        if max_q_len is not None:
-            check_positive(max_q_len=max_q_len)
         if num_tokens is not None:
             check_positive(num_tokens=num_tokens)
+        if max_q_len is not None:
+            check_positive(max_q_len=max_q_len)
         old_pages = _ceil_div(self.kv_lens, self.page_size)
         copying, tail = self._rows_to_copy(q_lens)
         kv_lens = self.kv_lens + q_lens
@@ -223,8 +223,9 @@ class PageTable(eqx.Module):
         for name, rows in (("src", src), ("dst", dst)):
             if not jnp.issubdtype(rows.dtype, jnp.integer):
                 raise ValueError(f"{name} must be integers, but is {rows.dtype}.")
-        src, dst = (jnp.atleast_1d(rows.astype(jnp.int32)) for rows in (src, dst))
+        # Before the cast, which takes a row of 64 bits for another one.
         unknown = (src < 0) | (src >= self.num_seqs) | (dst < 0) | (dst >= self.num_seqs)
+        src, dst = (jnp.atleast_1d(rows.astype(jnp.int32)) for rows in (src, dst))
         in_use = (self.kv_lens.at[dst].get(mode="clip") > 0) | (src == dst)
         result = first_of(
             (jnp.any(unknown), RESULTS.invalid_argument),

@@ -82,7 +82,7 @@ class RaggedKVCache(eqx.Module):
     have about the same, known length: it has no table to follow, and cannot share.
 
     Row `i` holds the tokens at positions below `lengths[i]`, and attends to those from
-    `starts[i]` on.
+    `starts[i]` on: 0, unless it is set (`dataclasses.replace`) to hide padding on the left.
     """
 
     layers: tuple[RaggedKV, ...]
@@ -183,6 +183,8 @@ class RaggedKVCache(eqx.Module):
         return dataclasses.replace(self, lengths=jnp.clip(kv_lens, 0, self.lengths))
 
     def free(self, rows: Bool[Array, " num_seqs"]) -> "RaggedKVCache":
-        """Empties the rows for which `rows` is True."""
+        """Empties the rows for which `rows` is True; they attend from position 0 again."""
         check_mask(rows, self.num_seqs)
-        return self.truncate(jnp.where(rows, 0, self.lengths))
+        starts = jnp.where(rows, 0, self.starts)
+        lengths = jnp.where(rows, 0, self.lengths)
+        return dataclasses.replace(self, starts=starts, lengths=lengths)

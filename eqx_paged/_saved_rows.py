@@ -137,7 +137,10 @@ def place(
 
 
 def _check_rows(rows, num_seqs):
-    rows = np.asarray(rows, np.int32).reshape(-1)
+    rows = np.asarray(rows).reshape(-1)
+    if rows.size and not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"rows must be integers, but are {rows.tolist()}.")
+    rows = rows.astype(np.int64)
     if len(np.unique(rows)) != len(rows):
         raise ValueError(f"rows must be named once each, but are {rows.tolist()}.")
     if np.any((rows < 0) | (rows >= num_seqs)):

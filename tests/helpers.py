@@ -201,7 +201,7 @@ OPTIONS = {
         k_scale=head_values(k),
         v_scale=0.5,
     ),
-    # Above every logit: then it is the maximum itself.
+    # Above every logit: it is nothing to a query that has keys.
     "residuals, high mask value": lambda h, k: dict(
         return_residuals=True, mask_value=-1e-3, sm_scale=0.01
     ),

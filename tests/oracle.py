@@ -54,7 +54,7 @@ def attention(
             x = sm_scale * (keys @ q[j, h])
             if soft_cap is not None:
                 x = soft_cap * np.tanh(x / soft_cap)
-            m[j, h] = max(m[j, h], x.max())
+            m[j, h] = x.max()
             p = np.exp(x - m[j, h])
             l[j, h] = p.sum()
             if sinks is None:

@@ -377,3 +377,20 @@ def test_process_heads_may_not_change_shapes(getkey):
             batch,
             process_heads=lambda q, k, v: (q[:, :1], k, v),
         )
+
+
+@pytest.mark.parametrize("kind", ("paged", "ragged"))
+def test_a_step_must_be_of_the_cache_and_of_as_many_tokens(no_type_hook, kind):
+    other = dict(paged="ragged", ragged="paged")[kind]
+    caches = {kind: cache_of(kind, "float32") for kind in ("paged", "ragged")}
+    q = jnp.zeros((24, NUM_HEADS, HEAD_DIM))
+    k = jnp.zeros((24, NUM_KV_HEADS, HEAD_DIM))
+    batches = {kind: cache.append(ints((3, 2, 1)), 24)[1] for kind, cache in caches.items()}
+    layer, attention = caches[kind].layers[0], layer_of(kind, {})
+    for num_tokens in (6, 32):
+        with fails_naming((str(num_tokens), "24")):
+            attention(jnp.resize(q, (num_tokens, *q.shape[1:])), k, k, layer, batches[kind])
+    with fails_naming(("page_size", "8", "40")):
+        attention(q, k, k, layer, batches[other])
+    with fails_naming(("KVPages", "RaggedKV")):
+        attention(q, k, k, caches[other].layers[0], batches[kind])

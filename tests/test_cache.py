@@ -457,3 +457,17 @@ def test_saving_replaces_an_older_file_and_leaves_no_other(getkey, tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["rows"]
     loaded, _ = empty().load(tmp_path / "rows", [0])
     assert loaded.kv_lens.tolist() == [3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rows", ([True, False, False, False], [0.7], "0"), ids=str)
+def test_rows_to_save_are_integers(tmp_path, no_type_hook, rows):
+    with pytest.raises(ValueError, match="integers"):
+        empty().save(tmp_path / "rows", rows)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ("num_layers", "num_pages", "page_size", "max_len"))
+@pytest.mark.parametrize("value", (16.0, True, "16"))
+def test_sizes_are_integers(no_type_hook, name, value):
+    with fails_naming((name, repr(value))):
+        empty(**{name: value})

@@ -380,10 +380,36 @@ def test_misuse_is_told_before_any_work(model, no_type_hook):
         before_work(lambda w=wrong: call(cache, prompts, ints(w), **options))
     before_work(lambda: call(cache, prompts, lens, max_new_tokens=-1))
     before_work(lambda: call(cache, prompts, lens, prefill_chunk=0, **options))
+    before_work(lambda: call(cache, prompts, lens, max_new_tokens=2.5))
+    before_work(lambda: call(cache, prompts, lens, prefill_chunk=8.0, **options))
+    before_work(lambda: call(cache, prompts.tolist(), lens, **options))
+    wide = np.asarray(prompts, np.int64) + 2**32
+    assert "int32" in before_work(lambda: call(cache, wide, lens, **options))
+    for stops in ([1.7], {5}, "ab", [2**40]):
+        message = before_work(
+            lambda s=stops: call(cache, prompts, lens, stop_tokens=s, **options)
+        )
+        assert "stop_tokens" in message
     # A page shortage of the prompts: 34 tokens on 4 pages.
     message = before_work(lambda: call(empty(num_pages=4), prompts, lens, **options))
     assert "4" in message
     assert_trees_identical(cache, before)
+
+
+def test_numbers_may_be_of_numpy(model, no_type_hook):
+    ours = generate(model, empty(), PROMPTS, max_new_tokens=2)[0]
+    numpys = generate(
+        model, empty(), PROMPTS, max_new_tokens=np.int64(2), prefill_chunk=np.int32(512)
+    )[0]
+    assert answers(numpys) == answers(ours)
+
+
+@pytest.mark.parametrize(
+    "sampler", (lambda logits, key: logits[:, 0], lambda logits, key: ints((1,)))
+)
+def test_a_sampler_returns_a_token_a_row(model, no_type_hook, sampler):
+    with pytest.raises(ValueError, match="sampler"):
+        generate(model, empty(), PROMPTS, max_new_tokens=2, sampler=sampler)
 
 
 def test_a_row_that_is_nearly_full_limits_its_prompt(model):

@@ -483,3 +483,18 @@ def test_a_step_is_made_of_table_sized_work_without_loops():
         lambda t: t.free(jnp.ones(8, bool)),
     ):
         assert max(sizes(jax.make_jaxpr(call)(table).jaxpr)) <= 65_536
+
+
+def test_rows_of_64_bits_do_not_wrap_round():
+    with jax.enable_x64(True):
+        table, _ = empty()[0].append(ints((5, 0, 0, 0)))
+        for src, dst in ((2**32, 1), (0, 2**32 + 2)):
+            _, result = table.fork(src, dst)
+            assert told(result) == "invalid_argument"
+
+
+def test_lists_are_not_arrays(no_type_hook):
+    with fails_naming(("q_lens", "array")):
+        empty()[0].append([1, 0, 0, 0])
+    with fails_naming(("rows", "array")):
+        empty()[0].free([True, False, False, False])

@@ -179,3 +179,10 @@ def test_starts_reach_the_batch():
     cache = dataclasses.replace(empty(), starts=ints((0, 2, 4)))
     _, batch, _ = append(cache, ints((1, 1, 1)))
     assert batch.starts.tolist() == [0, 2, 4]
+
+
+def test_a_freed_row_begins_at_its_beginning_again():
+    cache = dataclasses.replace(empty(), starts=ints((2, 3, 0)), lengths=ints((5, 6, 7)))
+    freed = cache.free(jnp.array([True, False, True]))
+    assert freed.starts.tolist() == [0, 3, 0] and freed.lengths.tolist() == [0, 6, 0]
+    assert cache.truncate(ints((0, 0, 0))).starts.tolist() == [2, 3, 0]

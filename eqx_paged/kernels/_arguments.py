@@ -1,6 +1,7 @@
 """What every public array function checks and fills in before any work."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,7 +15,9 @@ def check_equal(name_a: str, a: int, name_b: str, b: int) -> None:
         raise ValueError(f"{name_a} is {a} but {name_b} is {b}; they must be equal.")
 
 
-def check_rank(name: str, array: Array, rank: int) -> None:
+def check_rank(name: str, array: Any, rank: int) -> None:
+    if not hasattr(array, "ndim"):
+        raise ValueError(f"{name} must be an array, but is {array!r}.")
     if array.ndim != rank:
         raise ValueError(f"{name} must have {rank} axes, but its shape is {array.shape}.")
 
@@ -46,6 +49,18 @@ def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
             f"k_pages and v_pages must have one shape, but have {k_pages.shape} and "
             f"{v_pages.shape}."
         )
+    for name, size in (("head_dim", head_dim), ("num_pages", k_pages.shape[0])):
+        if size == 0:
+            raise ValueError(f"{name} must be at least 1, but is 0.")
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if not jnp.issubdtype(pages.dtype, jnp.floating) and pages.dtype not in (
+            jnp.uint16,
+            jnp.int8,
+        ):
+            raise ValueError(
+                f"{name} must be floating-point, int8, or uint16 for the bits of bfloat16, "
+                f"but is {pages.dtype}."
+            )
     lanes = k_pages.shape[3]
     in_rows = lanes == LANES and head_dim > 0 and LANES % head_dim == 0
     if lanes != head_dim and not in_rows:
@@ -67,20 +82,27 @@ def check_writable(**pages: Array) -> None:
 def check_options(
     *,
     num_heads: int,
+    sm_scale: float | None,
     soft_cap: float | None,
     sliding_window: int | None,
     sinks: Array | None,
     mask_value: float,
     return_residuals: bool,
 ) -> None:
+    for name, number in (("sm_scale", sm_scale), ("soft_cap", soft_cap)):
+        if number is not None and not isinstance(number, (int, float)):
+            raise ValueError(f"{name} must be a Python number, but is {number!r}.")
+    if sm_scale is not None and not math.isfinite(sm_scale):
+        raise ValueError(f"sm_scale must be finite, but is {sm_scale}.")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(f"soft_cap must be above 0 and finite, but is {soft_cap}.")
     # Not `isinstance`, which would take True for a window of one token.
     if sliding_window is not None and (
-        type(sliding_window) is not int or sliding_window < 1
+        type(sliding_window) is not int or not 1 <= sliding_window < 2**31
     ):
         raise ValueError(
-            f"sliding_window must be an int of at least 1, but is {sliding_window}."
+            f"sliding_window must be an int from 1 to {2**31 - 1}, but is "
+            f"{sliding_window!r}."
         )
     if not float(jnp.finfo(jnp.float32).min) <= mask_value < 0:
         raise ValueError(
@@ -89,6 +111,7 @@ def check_options(
         )
     if sinks is None:
         return
+    check_rank("sinks", sinks, 1)
     if sinks.shape != (num_heads,):
         raise ValueError(
             f"sinks must have one value a head, shape {(num_heads,)}, but its shape is "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from ._online_softmax import normalise, partial_softmax
+from ._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 
 
 # Queries of a tile and keys of a block. A block of 8 heads of 128 floats is 1 MiB, and the
@@ -79,7 +79,6 @@ def blocked_attention(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
-    mask_value: float,
 ) -> Results:
     """Attends from rows of `q_lens` tokens at `q_starts`; the other tokens get 0.
 
@@ -121,7 +120,7 @@ def blocked_attention(
             logits = jnp.einsum("kgqd,ksd->kgqs", q_tile, k)
             if soft_cap is not None:
                 logits = soft_cap * jnp.tanh(logits / soft_cap)
-            p, block_m, block_l = partial_softmax(logits, keep[None, None], mask_value)
+            p, block_m, block_l = partial_softmax(logits, keep[None, None])
             seen = (position >= seen_from) & (position < seen_to)
             v = jnp.where(seen[..., None], v, 0.0)  # 0 * NaN is not 0
             block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
@@ -135,7 +134,7 @@ def blocked_attention(
             add_block,
             (
                 seen_from - seen_from % align,
-                jnp.full((*heads, tile), mask_value, jnp.float32),
+                jnp.full((*heads, tile), DEFAULT_MASK_VALUE, jnp.float32),
                 jnp.zeros((*heads, tile), jnp.float32),
                 jnp.zeros((*heads, tile, head_dim), jnp.float32),
             ),
@@ -160,7 +159,7 @@ def blocked_attention(
         work_off_a_tile,
         (
             jnp.int32(0),
-            jnp.full(padded, mask_value, jnp.float32),
+            jnp.full(padded, DEFAULT_MASK_VALUE, jnp.float32),
             jnp.zeros(padded, jnp.float32),
             jnp.zeros((*padded, head_dim), jnp.float32),
         ),

@@ -6,7 +6,7 @@ Every `reference.py` gathers its keys and calls this, and every fast path is hel
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-from ._online_softmax import normalise, partial_softmax
+from ._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 from ._pages import values_of
 
 
@@ -21,7 +21,7 @@ def attend(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
-    mask_value: float,
+    mask_value: float = DEFAULT_MASK_VALUE,
 ) -> tuple[
     Float[Array, "num_heads head_dim"],
     Float[Array, " num_heads"],
@@ -34,7 +34,8 @@ def attend(
     logits = jnp.einsum("hd,shd->hs", q.astype(jnp.float32), k) * sm_scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    p, m, l = partial_softmax(logits, keep[None], mask_value)
+    p, m, l = partial_softmax(logits, keep[None])
+    m = jnp.where(l == 0, mask_value, m)
     out = normalise(jnp.einsum("hs,shd->hd", p, v), m, l, sinks)
     return out.astype(q.dtype), m, l
 

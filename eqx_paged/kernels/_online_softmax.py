@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-# What `m` starts from: finite, so that `m - m` of a query without keys is 0 and not NaN,
-# and far enough from the end of float32 that subtracting a logit cannot overflow.
+# What `m` starts from, and is for a query without keys: finite, so that `m - m` is 0 and
+# not NaN, and far enough from the end of float32 that subtracting a logit cannot overflow.
 DEFAULT_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def partial_softmax(
     logits: Float[Array, "*queries keys"],
     keep: Bool[Array, "*#queries keys"],
-    mask_value: float,
 ) -> tuple[
     Float[Array, "*queries keys"], Float[Array, "*queries"], Float[Array, "*queries"]
 ]:
@@ -25,8 +24,8 @@ def partial_softmax(
 
     A key that is not kept has probability 0 whatever its logit, NaN included.
     """
-    logits = jnp.where(keep, logits, mask_value)
-    m = jnp.maximum(jnp.max(logits, axis=-1), mask_value)
+    logits = jnp.where(keep, logits, DEFAULT_MASK_VALUE)
+    m = jnp.maximum(jnp.max(logits, axis=-1), DEFAULT_MASK_VALUE)
     p = jnp.where(keep, jnp.exp(logits - m[..., None]), 0.0)
     return p, m, jnp.sum(p, axis=-1)
 
@@ -79,6 +78,10 @@ def merge_residuals(
 
     `ValueError` for parts of different number or shape.
     """
+    for name, parts in (("outs", outs), ("ms", ms), ("ls", ls)):
+        shapes = {jnp.shape(part) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"{name} must have one shape, but have {sorted(shapes)}.")
     counts = {len(outs), len(ms), len(ls)}
     if len(counts) > 1 or 0 in counts:
         raise ValueError(
@@ -92,8 +95,10 @@ def merge_residuals(
             f"{outs.shape}, {ms.shape} and {ls.shape}."
         )
     ms, ls = ms.astype(jnp.float32), ls.astype(jnp.float32)
-    m = jnp.max(ms, axis=0)
-    weights = ls * jnp.exp(ms - m[None])
+    # A part without keys says nothing of the largest logit, unless none has any.
+    m = jnp.max(jnp.where(ls > 0, ms, DEFAULT_MASK_VALUE), axis=0)
+    weights = ls * jnp.exp(jnp.where(ls > 0, ms - m[None], 0.0))
     l = jnp.sum(weights, axis=0)
+    m = jnp.where(l > 0, m, jnp.max(ms, axis=0))
     acc = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0)
     return normalise(acc, m, l).astype(outs.dtype), m, l

@@ -12,7 +12,7 @@ from ..helpers import fails_naming
 
 pytestmark = pytest.mark.usefixtures("no_type_hook")
 
-f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
+f32, bf16, i32, c64 = jnp.float32, jnp.bfloat16, jnp.int32, jnp.complex64
 
 
 def decode_args(**changed):
@@ -109,6 +109,29 @@ def test_attention_over_pages(name, changed, words):
         trace(name, args(**changed))
 
 
+@pytest.mark.parametrize(
+    "changed, word",
+    [
+        (dict(k_pages=((9, 2, 16, 64), c64)), "complex64"),
+        (dict(v_pages=((9, 2, 16, 64), bool)), "bool"),
+        (dict(k_pages=((0, 2, 8, 128), f32), v_pages=((0, 2, 8, 128), f32)), "num_pages"),
+        (dict(page_indices=((3, 0), i32)), "(3, 0)"),
+    ],
+    ids=str,
+)
+def test_pages_of_no_size_or_of_no_numbers_are_refused(changed, word):
+    with pytest.raises(ValueError, match=re.escape(word)):
+        trace("paged_attention", decode_args(**changed))
+
+
+def test_there_must_be_a_row():
+    none = dict(q=((0, 4, 64), f32), kv_lens=((0,), i32), page_indices=((0, 5), i32))
+    with pytest.raises(ValueError, match=re.escape("(0, 4, 64)")):
+        trace("paged_attention", decode_args(**none))
+    with pytest.raises(ValueError, match=re.escape("(3, 0, 2, 64)")):
+        trace("ragged_gqa", ragged_args(k=((3, 0, 2, 64), f32), v=((3, 0, 2, 64), f32)))
+
+
 def test_decode_needs_one_query_a_row():
     with fails_naming(("2", "3")):
         trace("paged_attention", decode_args(q=((2, 4, 64), f32)))
@@ -138,6 +161,10 @@ OPTIONS = [
     (dict(sliding_window=-3), ("-3",)),
     (dict(sliding_window=2.5), ("2.5",)),
     (dict(sliding_window=True), ("True",)),
+    (dict(sliding_window=2**31), (str(2**31),)),
+    (dict(sm_scale=math.nan), ("nan",)),
+    (dict(soft_cap=jnp.float32(3)), ("Python number",)),
+    (dict(sinks=[1.0] * 4), ("array", "sinks")),
     (dict(mask_value=0.0), ("0.0",)),
     (dict(mask_value=-math.inf), ("-inf",)),
     (dict(mask_value=math.nan), ("nan",)),

@@ -1,4 +1,8 @@
+import jax.numpy as jnp
+import pytest
 from jax.experimental import pallas as pl
+
+from ..helpers import fails_naming
 
 
 def test_cost_counts_products_exponentials_and_bytes():
@@ -12,6 +16,23 @@ def test_cost_counts_products_exponentials_and_bytes():
     assert cost.transcendentals == logits
     queries_and_out, keys_and_values = 2 * 3 * 8 * 64, 2 * 3 * 2 * 100 * 64
     assert cost.bytes_accessed == 2 * (queries_and_out + keys_and_values)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(num_seqs=-1), ("num_seqs", "-1")),
+        (dict(kv_len=-2), ("kv_len", "-2")),
+        (dict(num_kv_heads=3), ("32", "3")),
+    ],
+    ids=str,
+)
+def test_a_call_that_cannot_be_has_no_cost(changed, words):
+    import eqx_paged
+
+    sizes = dict(num_seqs=1, num_heads=32, num_kv_heads=8, head_dim=64, kv_len=9)
+    with fails_naming(words):
+        eqx_paged.mha_cost_estimate(**(sizes | changed), dtype=jnp.float32)
 
 
 def test_cost_scales_with_its_arguments():

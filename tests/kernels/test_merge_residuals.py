@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from .. import oracle
-from ..helpers import assert_close, default_mask_value, normal, rng_of
+from ..helpers import assert_close, default_mask_value, fails_naming, normal, rng_of
 
 
 def parts_of(rng, cuts, *, num_heads=4, head_dim=16, scale=1.0):
@@ -93,3 +93,28 @@ def test_output_keeps_its_dtype(getkey):
     out, m, l = eqx_paged.merge_residuals(outs, ms, ls)
     assert out.dtype == jnp.bfloat16 and m.dtype == l.dtype == jnp.float32
     assert_close(out, whole[0], "bfloat16")
+
+
+def test_a_part_without_keys_changes_nothing_whatever_its_m(getkey):
+    import eqx_paged
+
+    out, m, l = (
+        jnp.asarray(normal(rng_of(getkey()), s)) for s in ((3, 4, 16), (3, 4), (3, 4))
+    )
+    l = jnp.abs(l) + 1
+    for empty in (-jnp.inf, -1e-3, 7.0):
+        parts = (out, jnp.zeros_like(out)), (m, jnp.full_like(m, empty)), (l, 0 * l)
+        for x, wanted in zip(eqx_paged.merge_residuals(*parts), (out, m, l)):
+            np.testing.assert_allclose(x, wanted, rtol=1e-6)
+    nothing = (0 * out,) * 2, (jnp.full_like(m, -jnp.inf),) * 2, (0 * l,) * 2
+    assert not np.any(eqx_paged.merge_residuals(*nothing)[0])
+
+
+def test_parts_of_different_shape_are_refused():
+    import eqx_paged
+
+    outs = [jnp.zeros((2, 4, 16)), jnp.zeros((3, 4, 16))]
+    with fails_naming(("outs",)):
+        eqx_paged.merge_residuals(
+            outs, [x[..., 0] for x in outs], [x[..., 0] for x in outs]
+        )

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
@@ -63,8 +64,7 @@ def paged_attention(
     - `sinks`: if given, a logit a head that joins the denominator only.
     - `k_scale`, `v_scale`: factors that make the stored numbers keys and values: a scalar
         or one a kv head.
-    - `mask_value`: what stands for minus infinity, as the largest logit of a row without
-        keys.
+    - `mask_value`: what the residuals tell as the largest logit of a row without keys.
     - `return_residuals`: whether to return `(out, m, l)`, for
         [`eqx_paged.merge_residuals`][]. Not together with `sinks`.
     - `implementation`: `"xla"`, or None to let the platform decide.
@@ -89,6 +89,7 @@ def paged_attention(
     arguments.check_equal("num_seqs of q", q.shape[0], "of kv_lens", kv_lens.shape[0])
     arguments.check_options(
         num_heads=q.shape[1],
+        sm_scale=sm_scale,
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         sinks=sinks,
@@ -134,6 +135,11 @@ def check_arguments(
         "of page_indices",
         page_indices.shape[0],
     )
+    if page_indices.size == 0 or q.shape[0] == 0:
+        raise ValueError(
+            "There must be at least one row, one page a row and one query, but q is of "
+            f"shape {q.shape} and page_indices of shape {page_indices.shape}."
+        )
 
 
 # Behind one `jit`, so that a model of equal layers traces it once.
@@ -147,11 +153,12 @@ def check_arguments(
         "implementation",
     ),
 )
-def _traced_once(operands, *, implementation, **options):
+def _traced_once(operands, *, implementation, mask_value, **options):
     kernel = with_gradient_of(
         lambda operands: reference.paged_attention(
             **operands, **options, return_residuals=True
         ),
         lambda operands: xla.paged_attention(**operands, **options),
     )
-    return choose("paged_attention", implementation, {"xla": kernel})(operands)
+    out, m, l = choose("paged_attention", implementation, {"xla": kernel})(operands)
+    return out, jnp.where(l == 0, mask_value, m), l

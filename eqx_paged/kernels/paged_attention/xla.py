@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._online_softmax import normalise, partial_softmax
+from .._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import page_size_of, unpack
 
 
@@ -32,7 +32,6 @@ def paged_attention(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
-    mask_value: float,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -71,7 +70,7 @@ def paged_attention(
         logits = jnp.einsum("nkgd,nksd->nkgs", queries[row], k)
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
-        p, page_m, page_l = partial_softmax(logits, keep[:, None, None], mask_value)
+        p, page_m, page_l = partial_softmax(logits, keep[:, None, None])
         v = unpack(v_pages[index], head_dim).astype(jnp.float32)
         v = jnp.where(keep[:, None, :, None], v, 0.0)  # 0 * NaN is not 0
         page_acc = jnp.einsum("nkgs,nksd->nkgd", p, v)
@@ -88,7 +87,7 @@ def paged_attention(
         work_off_a_tile,
         (
             jnp.int32(0),
-            jnp.full(per_query, mask_value, jnp.float32),
+            jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
             jnp.zeros(per_query, jnp.float32),
             jnp.zeros((*per_query, head_dim), jnp.float32),
         ),

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
@@ -52,8 +53,9 @@ def ragged_gqa(
     **Returns:**
 
     `(out, m, l)`: the output, in q's dtype; the largest logit and the softmax denominator
-    relative to it, both float32, without the sinks. Merge partial results with
-    [`eqx_paged.merge_residuals`][].
+    relative to it, both float32. Merge partial results with
+    [`eqx_paged.merge_residuals`][]; not if they had sinks, which belong to the merged
+    result and are not in `m` and `l`.
 
     **Raises:**
 
@@ -67,12 +69,18 @@ def ragged_gqa(
     arguments.check_equal("num_seqs of q", q.shape[0], "of k", k.shape[0])
     arguments.check_equal("head_dim of q", q.shape[2], "of k", k.shape[3])
     arguments.check_heads(q.shape[1], k.shape[2])
+    if 0 in (*q.shape, k.shape[1]):
+        raise ValueError(
+            "There must be at least one row, position and head_dim, but q is of shape "
+            f"{q.shape} and k of shape {k.shape}."
+        )
     for name, array in (("lengths", lengths), ("starts", starts)):
         arguments.check_rank(name, array, 1)
         arguments.check_equal("num_seqs of q", q.shape[0], f"of {name}", array.shape[0])
     arguments.check_indices(lengths=lengths, starts=starts)
     arguments.check_options(
         num_heads=q.shape[1],
+        sm_scale=sm_scale,
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         sinks=sinks,
@@ -228,12 +236,13 @@ def ragged_mqa(
         "implementation",
     ),
 )
-def _traced_once(operands, *, implementation, block_size, **options):
+def _traced_once(operands, *, implementation, block_size, mask_value, **options):
     kernel = with_gradient_of(
         lambda operands: reference.ragged_gqa(**operands, **options),
         lambda operands: xla.ragged_gqa(**operands, **options, block_size=block_size),
     )
-    return choose("ragged_gqa", implementation, {"xla": kernel})(operands)
+    out, m, l = choose("ragged_gqa", implementation, {"xla": kernel})(operands)
+    return out, jnp.where(l == 0, mask_value, m), l
 
 
 def ragged_chunk_attention(
@@ -259,6 +268,7 @@ def ragged_chunk_attention(
     arguments.check_equal("head_dim of q", q.shape[2], "of the cache", k.shape[3])
     arguments.check_options(
         num_heads=q.shape[1],
+        sm_scale=sm_scale,
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         sinks=sinks,
@@ -290,7 +300,7 @@ def ragged_chunk_attention(
     static_argnames=("sm_scale", "soft_cap", "sliding_window", "implementation"),
 )
 def _chunk_traced_once(operands, *, implementation, **options):
-    options |= dict(k_scale=None, v_scale=None, mask_value=DEFAULT_MASK_VALUE)
+    options |= dict(k_scale=None, v_scale=None)
     kernel = with_gradient_of(
         lambda operands: reference.ragged_chunk_attention(**operands, **options),
         lambda operands: xla.ragged_chunk_attention(**operands, **options),

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
+from .._arguments import check_heads
+
 
 def mha_cost_estimate(
     *,
@@ -29,7 +31,15 @@ def mha_cost_estimate(
 
     Floating-point operations (two products, each a multiplication and an addition), one
     exponential a logit, and the bytes of queries, output, keys and values moved once.
+
+    **Raises:**
+
+    `ValueError` for a negative count, or a `num_heads` that `num_kv_heads` does not divide.
     """
+    for name, count in dict(num_seqs=num_seqs, kv_len=kv_len, q_len=q_len).items():
+        if count < 0:
+            raise ValueError(f"{name} must be at least 0, but is {count}.")
+    check_heads(num_heads, num_kv_heads)
     logits = num_seqs * num_heads * q_len * kv_len
     numbers = 2 * num_seqs * head_dim * (num_heads * q_len + num_kv_heads * kv_len)
     return pl.CostEstimate(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
 from .._blocked import blocked_attention, KEY_BLOCK, Results, split_rows
-from .._online_softmax import normalise, partial_softmax
+from .._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import values_of
 
 
@@ -28,7 +28,6 @@ def ragged_gqa(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
-    mask_value: float,
     block_size: int,
 ) -> Results:
     num_seqs, num_heads, head_dim = q.shape
@@ -58,7 +57,7 @@ def ragged_gqa(
         logits = jnp.einsum("bkgd,bskd->bkgs", queries, block_k)
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
-        p, block_m, block_l = partial_softmax(logits, keep[:, None, None], mask_value)
+        p, block_m, block_l = partial_softmax(logits, keep[:, None, None])
         new_m = jnp.maximum(m, block_m)
         old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
         block_acc = jnp.einsum("bkgs,bskd->bkgd", p, block_v)
@@ -74,7 +73,7 @@ def ragged_gqa(
         add_block,
         (
             first // block,
-            jnp.full(per_query, mask_value, jnp.float32),
+            jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
             jnp.zeros(per_query, jnp.float32),
             jnp.zeros((*per_query, head_dim), jnp.float32),
         ),

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
@@ -66,10 +67,14 @@ def ragged_paged_attention(
     **Raises:**
 
     As [`eqx_paged.paged_attention`][].
+
+    !!! warning
+
+        Queries of a row are worked on together, so a NaN or an infinity among the values
+        of tokens that were written may reach the outputs of neighbouring queries of the
+        same row that do not see it. What was not written never does.
     """
     check_arguments(q, k_pages, v_pages, kv_lens, page_indices)
-    if q.shape[0] == 0:
-        raise ValueError(f"q must have at least one token, but its shape is {q.shape}.")
     arguments.check_rank("cu_q_lens", cu_q_lens, 1)
     arguments.check_rank("num_seqs", num_seqs, 0)
     arguments.check_indices(cu_q_lens=cu_q_lens, num_seqs=num_seqs)
@@ -81,6 +86,7 @@ def ragged_paged_attention(
     )
     arguments.check_options(
         num_heads=q.shape[1],
+        sm_scale=sm_scale,
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         sinks=sinks,
@@ -122,11 +128,12 @@ def ragged_paged_attention(
         "implementation",
     ),
 )
-def _traced_once(operands, *, implementation, **options):
+def _traced_once(operands, *, implementation, mask_value, **options):
     kernel = with_gradient_of(
         lambda operands: reference.ragged_paged_attention(
             **operands, **options, return_residuals=True
         ),
         lambda operands: xla.ragged_paged_attention(**operands, **options),
     )
-    return choose("ragged_paged_attention", implementation, {"xla": kernel})(operands)
+    out, m, l = choose("ragged_paged_attention", implementation, {"xla": kernel})(operands)
+    return out, jnp.where(l == 0, mask_value, m), l
