@@ -140,10 +140,13 @@ def _weight_files(root: pathlib.Path) -> list[pathlib.Path]:
         return [_file(root, _WEIGHTS)]
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted(set(shards))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(shards)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: not an index of weight files") from error
-    return [_file(root, name) for name in names]
+    for name in names:
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not the name of a weight file")
+    return [_file(root, name) for name in sorted(names)]
 
 
 def _read_tensors(paths: Iterable[pathlib.Path]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ class DecoderConfig:
         _check_supported(published)
         missing = [key for key in _REQUIRED if published.get(key) is None]
         if missing:
-            raise ValueError(f"config: missing {', '.join(missing)}")
+            raise ValueError(f"missing {', '.join(missing)}")
         defaults = {
             field.name: field.default
             for field in dataclasses.fields(cls)
@@ -121,10 +122,10 @@ class DecoderConfig:
 
         The configuration; errors as in `from_dict`, and naming the file.
         """
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        content = pathlib.Path(path).read_bytes()
         try:
-            published = json.loads(text)
-        except json.JSONDecodeError as error:
+            published = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         if not isinstance(published, dict):
             raise ValueError(f"{path}: not a JSON object")
@@ -169,8 +170,7 @@ def _check(options: Mapping[str, Any]) -> None:
     heads, kv_heads = options["num_attention_heads"], options["num_key_value_heads"]
     if heads % kv_heads != 0:
         raise ValueError(
-            f"config: num_attention_heads {heads} is no multiple of "
-            f"num_key_value_heads {kv_heads}"
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
     bos, eos = options["bos_token_id"], options["eos_token_id"]
     if bos is not None:
@@ -182,13 +182,11 @@ def _check(options: Mapping[str, Any]) -> None:
 def _check_supported(published: Mapping[str, Any]) -> None:
     model_type = published.get("model_type")
     if model_type != "llama":
-        raise ValueError(
-            f"config: model_type {model_type!r} is not supported (only 'llama')"
-        )
+        raise ValueError(f"model_type {model_type!r} is not supported (only 'llama')")
     for name, neutral in _UNSUPPORTED.items():
         value = published.get(name, neutral)
         if value is not None and value != neutral and not _is_default_rope(value):
-            raise ValueError(f"config: {name} {value!r} is not supported")
+            raise ValueError(f"{name} {value!r} is not supported")
 
 
 def _is_default_rope(value: Any) -> bool:
@@ -202,15 +200,13 @@ def _rope_theta(published: Mapping[str, Any]) -> float:
     """The base, which newer files keep in `rope_parameters` and older ones at the top."""
     parameters = published.get("rope_parameters") or {}
     if not _is_default_rope(parameters):
-        raise ValueError(f"config: rope_parameters {parameters!r} is not supported")
+        raise ValueError(f"rope_parameters {parameters!r} is not supported")
     old, new = published.get("rope_theta"), parameters.get("rope_theta")
     for theta in (old, new):
         if theta is not None:
             _check_positive("rope_theta", theta)
     if old is not None and new is not None and old != new:
-        raise ValueError(
-            f"config: rope_theta {old} contradicts rope_parameters.rope_theta {new}"
-        )
+        raise ValueError(f"rope_theta {old} contradicts rope_parameters.rope_theta {new}")
     found = [theta for theta in (new, old) if theta is not None]
     return float(found[0]) if found else DecoderConfig.rope_theta
 
@@ -237,9 +233,10 @@ def _check_size(name: str, value: Any) -> None:
 
 def _check_positive(name: str, value: Any) -> None:
     is_number = _is_int(value) or isinstance(value, float)
-    if not (is_number and 0 < value < float("inf")):
-        _refuse(name, value, "a positive number")
+    # Whole numbers may be too large to become a float.
+    if not (is_number and 0 < value <= sys.float_info.max):
+        _refuse(name, value, "a positive number in a float's range")
 
 
 def _refuse(name: str, value: Any, wanted: str) -> None:
-    raise ValueError(f"config: {name} must be {wanted}, not {value!r}")
+    raise ValueError(f"{name} must be {wanted}, not {value!r}")

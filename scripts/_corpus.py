@@ -6,6 +6,7 @@ run can be repeated, and taken up again in the middle.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -171,6 +172,7 @@ class TextCorpus:
         )
         encoded = self.tokenizer.encode(text, add_special_tokens=False).ids
         tokens = np.array(encoded, np.int32)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         cut = tokens.size - max(tokens.size // 20, SHORT + 1)
         if cut <= SHORT:
             raise ValueError(f"the text has {tokens.size} tokens: too short to learn")

@@ -8,7 +8,10 @@ import pathlib
 import sys
 from typing import NoReturn
 
+from ._numbers import whole
 
+
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny"
 
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-new-tokens",
         metavar="N",
-        type=_positive,
+        type=whole(1, 2**31 - 1),
         default=64,
         help="how many tokens to add to each prompt at most (default: 64)",
     )
@@ -106,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--page-size",
         metavar="N",
-        type=_page_size,
+        type=whole(1, 2**31 - 1),
+        choices=PAGE_SIZES,
         default=16,
         help="tokens a page: a power of two from 8 to 256 (default: 16)",
     )
@@ -126,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--seed",
         metavar="N",
-        type=_seed,
+        type=whole(0, 2**32 - 1),
         default=0,
         help="of the draws; without effect at temperature 0 (default: 0)",
     )
@@ -142,36 +146,6 @@ def _parser() -> argparse.ArgumentParser:
         help="draw which sequence holds which page (on stderr with --json)",
     )
     return parser
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _positive(text: str) -> int:
-    number = _number(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def _page_size(text: str) -> int:
-    number = _number(text)
-    if number not in (8, 16, 32, 64, 128, 256):
-        raise argparse.ArgumentTypeError(
-            f"must be a power of two from 8 to 256, not {number}"
-        )
-    return number
-
-
-def _seed(text: str) -> int:
-    number = _number(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**32 - 1, not {number}")
-    return number
 
 
 def _temperature(text: str) -> float:
@@ -222,7 +196,7 @@ def _is_json(path: pathlib.Path) -> bool:
 def _json_text(line: str, path: pathlib.Path) -> str:
     try:
         text = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = None
     if not isinstance(text, str):
         refuse(f"argument --prompts-file: in '{path}', not a JSON string: {line[:40]}")

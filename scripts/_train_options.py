@@ -5,8 +5,10 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+import tempfile
+from typing import NoReturn
+
+from ._numbers import whole
 
 
 STATE_FILE = "train_state.bin"
@@ -27,18 +29,6 @@ class Options:
     save_every: int
     sample: int
     resume: bool
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """What must not change between the parts of one run."""
-        text = self.text
-        return {
-            "text": text and f"{text} ({text.stat().st_size} bytes)",
-            "steps": self.steps,
-            "seed": self.seed,
-            "context": self.context,
-            "learning_rate": self.learning_rate,
-        }
 
 
 def refuse(reason: str) -> NoReturn:
@@ -63,28 +53,15 @@ def parse_options(arguments: list[str] | None) -> Options:
     path = pathlib.Path
     add("--out", type=path, default=path("build/tiny"), help="directory to write")
     add("--text", type=path, help="learn this text file instead of the tasks")
-    add("--steps", type=_whole(1, 10**7), default=2600, help="length of the run")
-    add("--seed", type=_whole(0, 2**32 - 1), default=0, help="fixes all randomness")
-    add("--context", type=_whole(64, 2048), default=2048, help="longest row, in tokens")
+    add("--steps", type=whole(1, 10**7), default=2600, help="length of the run")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="fixes all randomness")
+    add("--context", type=whole(64, 2048), default=2048, help="longest row, in tokens")
     add("--learning-rate", type=_rate, default=2e-3, help="the highest one")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the written weights")
-    add("--save-every", type=_whole(1, 10**7), default=200, help="steps between saves")
-    add("--sample", type=_whole(1, 590), default=256, help="questions to examine with")
+    add("--save-every", type=whole(1, 10**7), default=200, help="steps between saves")
+    add("--sample", type=whole(1, 590), default=256, help="questions to examine with")
     add("--resume", action="store_true", help="go on where a run was interrupted")
-    options = Options(**vars(parser.parse_args(arguments)))
-    _check_files(options)
-    return options
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no whole number from {low} to {high}"
-            )
-        return int(text)
-
-    return number
+    return Options(**vars(parser.parse_args(arguments)))
 
 
 def _rate(text: str) -> float:
@@ -97,14 +74,22 @@ def _rate(text: str) -> float:
     return rate
 
 
-def _check_files(options: Options) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        refuse(f"--out {options.out}: is a file, not a directory")
-    has_state = (options.out / STATE_FILE).is_file()
-    if options.resume and not has_state:
-        refuse(f"--resume: {options.out} holds no interrupted run")
-    if has_state and not options.resume:
-        refuse(
-            f"--out {options.out}: holds an interrupted run; give --resume to go on "
-            f"with it, or remove {STATE_FILE}"
-        )
+def prepare_out(options: Options) -> None:
+    """Makes the directory to write, unless it is not one for this run."""
+    out = options.out
+    try:
+        if out.exists() and not out.is_dir():
+            refuse(f"--out {out}: is a file, not a directory")
+        has_state = (out / STATE_FILE).is_file()
+        if options.resume and not has_state:
+            refuse(f"--resume: {out} holds no interrupted run")
+        if has_state and not options.resume:
+            refuse(
+                f"--out {out}: holds an interrupted run; give --resume to go on "
+                f"with it, or remove {STATE_FILE}"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        # Only a try tells whether files can be made in it.
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        refuse(f"--out {out}: {error.strerror}")

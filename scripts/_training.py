@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -19,6 +21,7 @@ from ._corpus import Rows
 
 
 _WARM_UP = 100
+_DIGEST_SIZE = 32  # of SHA-256, at the end of a saved state
 _DECAY_SHARE = 0.4  # what is learnt is only settled while the rate falls
 
 
@@ -127,6 +130,10 @@ def _is_matrix(weights: Any) -> Any:
     return jax.tree.map(lambda weight: weight.ndim > 1, weights)
 
 
+def _digest(content: bytes | memoryview) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
 def save_state(path: pathlib.Path, state: TrainState, notes: dict[str, Any]) -> None:
     """Writes a state, so that the file is whole whenever the program ends.
 
@@ -136,19 +143,34 @@ def save_state(path: pathlib.Path, state: TrainState, notes: dict[str, Any]) -> 
     - `state`: what to write.
     - `notes`: anything that JSON can hold, to be written in front.
     """
+    whole = io.BytesIO(json.dumps(notes).encode() + b"\n")
+    whole.seek(0, os.SEEK_END)
+    eqx.tree_serialise_leaves(whole, state)
     partial = path.with_name(path.name + ".part")
     with open(partial, "wb") as file:
-        file.write(json.dumps(notes).encode() + b"\n")
-        eqx.tree_serialise_leaves(file, state)
+        file.write(whole.getbuffer())
+        file.write(_digest(whole.getbuffer()))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def load_notes(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `save_state` wrote in front."""
-    with open(path, "rb") as file:
-        return json.loads(file.readline())
+    """Reads what `save_state` wrote in front.
+
+    **Arguments:**
+
+    - `path`: the file.
+
+    **Returns:**
+
+    The notes. A file that is not just as it was written is a `ValueError`.
+    """
+    content = path.read_bytes()
+    whole, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
+    if _digest(whole) != digest:
+        raise ValueError(f"{path}: not what was written")
+    return json.loads(whole.partition(b"\n")[0])
 
 
 def load_state(path: pathlib.Path, like: TrainState) -> TrainState:
@@ -156,7 +178,7 @@ def load_state(path: pathlib.Path, like: TrainState) -> TrainState:
 
     **Arguments:**
 
-    - `path`: the file that `save_state` wrote.
+    - `path`: the file that `save_state` wrote, which `load_notes` checks.
     - `like`: a state of the same shapes.
 
     **Returns:**

@@ -1,6 +1,7 @@
 """Continues prompts with a model: `python -m scripts.generate --help`."""
 
 import functools
+import io
 import json
 import os
 import sys
@@ -72,6 +73,8 @@ def _encode(options: Options, codec: Codec) -> tuple[tuple[int, ...], ...]:
         )
     prompts = tuple(codec.encode(prompt) for prompt in options.prompts)
     for number, tokens in enumerate(prompts, start=1):
+        if not tokens:
+            refuse(f"prompt {number} has no tokens: the tokenizer leaves nothing of it")
         if len(tokens) > room:
             refuse(
                 f"prompt {number} has {len(tokens)} tokens; with --max-new-tokens"
@@ -235,13 +238,35 @@ class _Stream:
         self.shown = text
 
 
+def _ready_streams() -> None:
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        refuse("stdout is closed")
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the stream's encoding lacks is shown as an escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _silence_stdout() -> None:
+    """What it still holds would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
+    _ready_streams()
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader has gone; nothing more can be said, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone; nothing more can be said.
+        _silence_stdout()
         raise SystemExit(141) from None
+    except OSError as error:
+        # Of reading, `main` has told itself.
+        _silence_stdout()
+        print(f"generate: cannot write: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None

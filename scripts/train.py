@@ -34,7 +34,7 @@ from rich.progress import (
 from ._circuit import with_lookup_circuit
 from ._corpus import BOS, EOS, Rows, Stage, TaskCorpus, TextCorpus
 from ._evaluation import report
-from ._train_options import Options, parse_options, refuse, STATE_FILE
+from ._train_options import Options, parse_options, prepare_out, refuse, STATE_FILE
 from ._training import (
     load_notes,
     load_state,
@@ -53,17 +53,16 @@ _REPORT_EVERY = 20
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line `arguments`, the process's own if None."""
     options = parse_options(arguments)
+    prepare_out(options)
     console = Console(highlight=False, soft_wrap=True)
     corpus = _corpus(options)
+    path = options.out / STATE_FILE
+    losses = _saved_losses(path, corpus, options) if options.resume else []
     schedule = Schedule(options.steps, options.learning_rate)
     state = schedule.start(_untrained(corpus, options))
-    losses = []
-    path = options.out / STATE_FILE
     if options.resume:
-        losses = _saved_losses(path, options)
         state = load_state(path, state)
         console.print(f"resuming after {len(losses)} of {options.steps} steps")
-    options.out.mkdir(parents=True, exist_ok=True)
     console.print(f"{_num_weights(state.decoder):,} weights on {jax.devices()[0]}")
     state = _train(state, schedule, corpus, options, losses, console)
     decoder = _as_dtype(state.decoder, jnp.dtype(options.dtype))
@@ -94,12 +93,30 @@ def _corpus(options: Options) -> TaskCorpus | TextCorpus:
         refuse(f"--text {options.text}: {error}")
 
 
-def _saved_losses(path: pathlib.Path, options: Options) -> list[float]:
+def _fixed(corpus: TaskCorpus | TextCorpus, options: Options) -> dict[str, Any]:
+    """What must not change between the parts of one run."""
+    text = None
+    if isinstance(corpus, TextCorpus):
+        text = f"{options.text} (SHA-256 {corpus.sha256})"
+    return {
+        "text": text,
+        "steps": options.steps,
+        "seed": options.seed,
+        "context": options.context,
+        "learning_rate": options.learning_rate,
+    }
+
+
+def _saved_losses(
+    path: pathlib.Path, corpus: TaskCorpus | TextCorpus, options: Options
+) -> list[float]:
     try:
         notes = load_notes(path)
+    except OSError as error:
+        refuse(f"--resume: {path}: {error.strerror}")
     except ValueError:
         refuse(f"--resume: {path} is not what an interrupted run leaves")
-    for name, value in options.fixed.items():
+    for name, value in _fixed(corpus, options).items():
         if notes["options"][name] != value:
             flag = name.replace("_", "-")
             refuse(f"--{flag} {value}: the interrupted run had {notes['options'][name]}")
@@ -164,7 +181,7 @@ def _train(
     path = options.out / STATE_FILE
 
     def save() -> None:
-        notes = {"options": options.fixed, "losses": losses}
+        notes = {"options": _fixed(corpus, options), "losses": losses}
         save_state(path, state, notes)
 
     with _Interruption() as interruption, _progress(console) as progress:

@@ -90,6 +90,14 @@ def test_a_tied_decoder_has_no_second_matrix(getkey, tmp_path):
     assert "lm_head.weight" not in tensors
 
 
+def test_a_tied_decoder_may_store_its_matrix_twice(getkey, tmp_path):
+    decoder = random_decoder(getkey, tie_word_embeddings=True)
+    save_checkpoint(decoder, tmp_path)
+    matrix = np.asarray(decoder.embed_tokens.weight)
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": matrix}))
+    assert_trees_identical(load_checkpoint(tmp_path), decoder)
+
+
 def test_shards_are_put_together(saved):
     whole = load_checkpoint(saved)
     tensors = safetensors.numpy.load_file(saved / "model.safetensors")
@@ -104,9 +112,17 @@ def test_shards_are_put_together(saved):
     assert_trees_identical(load_checkpoint(saved), whole)
     (saved / "b.safetensors").unlink()
     assert "b.safetensors: no such file" in refusal(saved, FileNotFoundError)
-    for broken in ("{", "[]", '{"weight_map": 3}', "{}"):
+    for broken in ("{", "[]", '{"weight_map": 3}', "{}", "[" * 200_000):
         index.write_text(broken)
         assert "not an index of weight files" in refusal(saved)
+
+
+@pytest.mark.parametrize("name", (3, None, "../model.safetensors", "/a", "a/b"))
+def test_what_is_no_name_of_a_shard_is_not_opened(saved, name):
+    (saved / "model.safetensors").unlink()
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    assert f"{name!r} is not the name of a weight file" in refusal(saved)
 
 
 def test_stored_frequencies_are_passed_over(saved):

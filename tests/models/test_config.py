@@ -105,6 +105,8 @@ def test_an_option_that_is_not_supported_is_named(name, value):
         ("head_dim", 15),
         ("rms_norm_eps", 0),
         ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", 10**400),
+        ("rope_theta", 10**400),
         ("rope_theta", "1e4"),
         ("tie_word_embeddings", "no"),
         ("bos_token_id", -1),
@@ -141,10 +143,16 @@ def test_what_is_written_is_read_back(ends):
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e6
 
 
-@pytest.mark.parametrize("text", ("{", "[1, 2]", "", "{}"))
-def test_a_broken_file_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    "content",
+    (b"{", b"[1, 2]", b"", b"{}", b"\xff", b"[" * 200_000, b"1" * 5000),
+    ids=("cut", "list", "empty", "keyless", "not UTF-8", "deep", "long"),
+)
+def test_a_broken_file_is_named_once(tmp_path, content):
     path = tmp_path / "config.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="config.json: ") as caught:
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
         DecoderConfig.from_file(path)
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.count("config") == 1
+    assert "\n" not in message

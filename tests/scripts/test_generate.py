@@ -1,6 +1,10 @@
+import io
+import itertools
 import json
+import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -132,16 +136,35 @@ def test_the_json_adds_up(report):
     assert made["decode_tokens_per_second"] > 0
 
 
-def test_a_prompt_of_one_token_leaves_nothing_to_prefill(report, model_dir, tmp_path):
+@pytest.fixture
+def model_without_bos(model_dir, tmp_path):
+    """As `model_dir`, but nothing is put before a prompt, and blanks around it go."""
     for file in model_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    for name, key in (("config", "bos_token_id"), ("tokenizer", "post_processor")):
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
-    made = report(*prompts("a"), "--model", str(tmp_path))
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    changes = {
+        "config.json": {"bos_token_id": None},
+        "tokenizer.json": {"post_processor": None, "normalizer": strip},
+    }
+    for name, change in changes.items():
+        file = tmp_path / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return str(tmp_path)
+
+
+def test_a_prompt_of_one_token_leaves_nothing_to_prefill(report, model_without_bos):
+    made = report(*prompts("a"), "--model", model_without_bos)
     assert made["num_prompt_tokens"] == 1
     assert made["prefill_tokens_per_second"] is None
     assert made["num_new_tokens"] > 0
+
+
+def test_a_prompt_without_tokens_is_refused(generate, capsys, model_without_bos):
+    with pytest.raises(SystemExit) as error:
+        generate(*prompts("a", " "), "--model", model_without_bos)
+    assert error.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "prompt 2 has no tokens" in shown
 
 
 def test_text_is_the_decoded_tokens(report, model_dir):
@@ -156,6 +179,19 @@ def test_stream_shows_the_text_that_is_printed_without(generate):
     for texts in (PROMPTS, PROMPTS[:1]):
         plain = generate(*prompts(*texts)).out
         assert generate(*prompts(*texts), "--stream").out == plain
+
+
+def test_stream_looks_at_each_token(generate, monkeypatch):
+    from scripts import generate as script
+
+    shown = []
+
+    def show(_, progress):
+        shown.append(len(progress.tokens[0]))
+
+    monkeypatch.setattr(script._Stream, "show", show)
+    generate(*prompts(PROMPTS[0]), "--stream")
+    assert shown == list(range(1, 13))
 
 
 def test_stdout_is_json_alone_whatever_else_is_shown(generate):
@@ -175,6 +211,17 @@ def test_a_stop_text_of_several_tokens_ends_a_continuation(report):
     assert len(cut["tokens"]) < len(whole["tokens"])
     # What was made past the stop is not in the cache.
     assert len(cut["pages"]) == 1
+
+
+def test_only_tokens_that_are_kept_count_as_decoded(report, monkeypatch):
+    from scripts import _engine
+
+    whole = report(*prompts(PROMPTS[0]))["results"][0]
+    # Each call of a program takes a second.
+    clock = types.SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
+    monkeypatch.setattr(_engine, "time", clock)
+    made = report(*prompts(PROMPTS[0]), "--stop", whole["text"][3:6])
+    assert made["decode_tokens_per_second"] == made["num_new_tokens"] < 8
 
 
 def test_a_continuation_without_an_end_ends_at_the_length(report):
@@ -249,18 +296,21 @@ def nonsense(*arguments, says):
         nonsense("--prompt", "", says="empty"),
         nonsense("--prompt", "\udcff", says="UTF-8"),
         nonsense("--prompt", "a", "--stop", "", says="empty"),
-        nonsense("--prompt", "a", "--max-new-tokens", "0", says="at least 1, not 0"),
-        nonsense("--prompt", "a", "--max-new-tokens", "-3", says="at least 1, not -3"),
-        nonsense("--prompt", "a", "--max-new-tokens", "x", says="whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", "0", says="'0' is no whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", "-3", says="'-3' is no whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", "x", says="'x' is no whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", "1_0", says="no whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", " 3 ", says="no whole number"),
+        nonsense("--prompt", "a", "--max-new-tokens", "\u0663", says="no whole number"),
         nonsense("--prompt", "a", "--max-new-tokens", "128", says="below 128"),
         nonsense("--prompt", "a" * 200, says="it may have at most 116"),
-        nonsense("--prompt", "a", "--page-size", "12", says="from 8 to 256, not 12"),
-        nonsense("--prompt", "a", "--page-size", "4", says="from 8 to 256, not 4"),
-        nonsense("--prompt", "a", "--page-size", "512", says="from 8 to 256, not 512"),
+        nonsense("--prompt", "a", "--page-size", "12", says="12 (choose from 8, 16, 32"),
+        nonsense("--prompt", "a", "--page-size", "4", says="4 (choose from 8, 16, 32"),
+        nonsense("--prompt", "a", "--page-size", "512", says="512 (choose from 8, 16, 32"),
         nonsense("--prompt", "a", "--dtype", "int8", says="float32"),
         nonsense("--prompt", "a", "--temperature", "-1", says="0.001 to 1000"),
         nonsense("--prompt", "a", "--temperature", "nan", says="0.001 to 1000"),
-        nonsense("--prompt", "a", "--seed", "-1", says="2**32 - 1, not -1"),
+        nonsense("--prompt", "a", "--seed", "-1", says="'-1' is no whole number from 0"),
         nonsense("--prompt", "a", "--model", "/no/such", says="/no/such"),
         nonsense("--prompts-file", "/no/such", says="No such file"),
         nonsense("--prompts-file", "/", says="directory"),
@@ -287,6 +337,7 @@ def test_nonsense_is_refused_in_one_line(generate, capsys, arguments, says):
         ("numbers.jsonl", b'"a"\n3\n', "not a JSON string: 3"),
         ("broken.jsonl", b'"a\n', "not a JSON string"),
         ("blank.jsonl", b'""\n', "empty"),
+        ("deep.jsonl", b"[" * 200_000, "not a JSON string: [[["),
     ],
 )
 def test_a_file_without_prompts_is_refused(generate, capsys, tmp_path, name, content, says):
@@ -329,3 +380,46 @@ def test_the_program_itself_ends_with_status_2_and_no_traceback():
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == "" and ended.stderr.count("\n") == 1
+
+
+def test_what_stdout_cannot_show_is_escaped(generate, monkeypatch):
+    from scripts import generate as script
+
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    script._ready_streams()
+    generate(*prompts("h\u00e9llo", "a"))
+    sys.stdout.flush()
+    assert shown.getvalue().startswith(b"[0] h\\xe9llo\n")
+
+
+def test_a_closed_stderr_is_done_without(generate, monkeypatch):
+    from scripts import generate as script
+
+    monkeypatch.setattr(sys, "stderr", None)
+    script._ready_streams()
+    with sys.stderr:
+        assert json.loads(generate(*prompts("a"), "--json").out)["num_new_tokens"] > 0
+
+
+def run_program(model_dir, redirection):
+    """Runs the program with its output redirected by the shell."""
+    command = [sys.executable, "-m", "scripts.generate", "--model", str(model_dir)]
+    command += ["--max-new-tokens", "2", "--prompt", "a", "--json"]
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", *command],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no full device")
+def test_a_full_device_ends_in_one_line(model_dir):
+    ended = run_program(model_dir, ">/dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr == "generate: cannot write: No space left on device\n"
+
+
+def test_a_closed_stdout_is_refused(model_dir):
+    ended = run_program(model_dir, ">&-")
+    assert (ended.returncode, ended.stderr) == (2, "generate: stdout is closed\n")

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import signal
@@ -82,13 +83,43 @@ def test_the_learnt_text_must_not_change(tmp_path, monkeypatch, capsys):
         with pytest.raises(MemoryError):
             run(tmp_path, *options)
     capsys.readouterr()
-    with open(text, "a") as file:
-        file.write("more\n")
+    old, new = text.read_bytes(), b"a b c d e f g i\n" * 50
+    assert len(new) == len(old)
+    text.write_bytes(new)
     told = refusal(capsys, "--out", tmp_path, *SMALL, *options, "--resume")
-    assert "(805 bytes): the interrupted run had" in told
-    (tmp_path / "train_state.bin").write_bytes(b"spam")
-    told = refusal(capsys, "--out", tmp_path, *SMALL, *options, "--resume")
-    assert "is not what an interrupted run leaves" in told
+    new, old = (hashlib.sha256(content).hexdigest() for content in (new, old))
+    had = f"the interrupted run had {text} (SHA-256 {old})"
+    assert f"--text {text} (SHA-256 {new}): {had}" in told
+    text.write_text("a b c d e f g h\n" * 50)
+    run(tmp_path, *options, "--resume")
+
+
+def test_a_damaged_state_is_refused(tmp_path, monkeypatch, capsys):
+    options = ("--steps", 4, "--save-every", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_write_checkpoint", crash)
+        with pytest.raises(MemoryError):
+            run(tmp_path, *options)
+    capsys.readouterr()
+    path = tmp_path / "train_state.bin"
+    whole = path.read_bytes()
+    head, _, rest = whole.partition(b"\n")
+    notes = json.loads(head)
+    heads = (
+        [],
+        {},
+        {"options": notes["options"]},
+        {**notes, "losses": ["x"] * 4},
+        {**notes, "losses": [1.0] * 9},
+    )
+    damaged = [json.dumps(other).encode() + b"\n" + rest for other in heads]
+    damaged += [b"", b"spam", b"\xff\n" + rest, head + b"\n", whole + b"\0"]
+    damaged += [whole[:size] for size in (len(whole) // 2, len(whole) - 100)]
+    monkeypatch.setattr(train, "_untrained", crash)
+    for content in damaged:
+        path.write_bytes(content)
+        told = refusal(capsys, "--out", tmp_path, *SMALL, *options, "--resume")
+        assert "is not what an interrupted run leaves" in told
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
@@ -159,12 +190,19 @@ def test_other_nonsense_is_told_in_one_line(capsys, tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     assert "is a file" in refusal(capsys, "--out", file)
-    assert "No such file" in refusal(capsys, "--text", tmp_path / "none")
-    assert "directory" in refusal(capsys, "--text", tmp_path)
-    assert "too short" in refusal(capsys, "--text", file)
+    out = ("--out", tmp_path / "out")
+    assert "No such file" in refusal(capsys, *out, "--text", tmp_path / "none")
+    assert "directory" in refusal(capsys, *out, "--text", tmp_path)
+    assert "too short" in refusal(capsys, *out, "--text", file)
     file.write_bytes(b"\xff\xfe\x00")
-    assert "not UTF-8" in refusal(capsys, "--text", file)
+    assert "not UTF-8" in refusal(capsys, *out, "--text", file)
     assert "no interrupted run" in refusal(capsys, "--out", tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("name", ("/proc/x", "/proc", "/dev/null/x", "x" * 300))
+def test_a_directory_that_cannot_be_written_is_refused_first(capsys, monkeypatch, name):
+    monkeypatch.setattr(train, "_corpus", crash)
+    assert f"--out {name}: " in refusal(capsys, "--out", name)
 
 
 def test_an_interrupted_run_is_neither_lost_nor_changed(tmp_path, monkeypatch, capsys):
