@@ -34,7 +34,7 @@ lint: setup-dev ## formatting, style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-bench: setup-bench ## time a decode step and compare it with the memory it reads
+bench: setup-bench ## time a decode step on a small and on a large cache
 	$(RUN) -m scripts.bench_step
 
 # The variable silences Material's advertisement of a successor of MkDocs.

@@ -55,7 +55,7 @@ class PagedAttention(eqx.Module):
         The output, which is 0 for padding and idle rows, and the new pages.
         """
         _check_kind(pages, KVPages, "PagedAttention")
-        _check_step(q, pages.head_dim, pages.page_size, batch)
+        _check_step(q, pages.head_dim, pages.page_size, pages.num_pages, batch)
         pages = pages.write(k, v, batch.slots, implementation=self.implementation)
         options = _options_of(self)
         where = (pages.k_pages, pages.v_pages, batch.kv_lens, batch.page_indices)
@@ -103,7 +103,8 @@ class RaggedAttention(eqx.Module):
         `batch` from [`eqx_paged.RaggedKVCache.append`][].
         """
         _check_kind(kv, RaggedKV, "RaggedAttention")
-        _check_step(q, kv.k.shape[3], kv.k.shape[1], batch)
+        num_seqs, max_len, _, head_dim = kv.k.shape
+        _check_step(q, head_dim, max_len, num_seqs, batch)
         kv = kv.write(k, v, batch.slots)
         options = _options_of(self)
         where = (kv.k, kv.v, batch.kv_lens, batch.starts)
@@ -235,12 +236,15 @@ def _check_kind(layer: Any, kind: type, attention: str) -> None:
         )
 
 
-def _check_step(q: Array, head_dim: int, page_size: int, batch: RaggedBatch) -> None:
+def _check_step(
+    q: Array, head_dim: int, page_size: int, num_pages: int, batch: RaggedBatch
+) -> None:
     check_rank("q", q, 3)
     num_tokens = batch.positions.shape[0]
     check_equal("num_tokens of q", q.shape[0], "of the batch", num_tokens)
     check_equal("head_dim of q", q.shape[2], "of the cache", head_dim)
     check_equal("page_size of the batch", batch.page_size, "of the cache", page_size)
+    check_equal("num_pages of the batch", batch.num_pages, "of the cache", num_pages)
 
 
 def _options_of(attention: PagedAttention | RaggedAttention) -> dict[str, Any]:

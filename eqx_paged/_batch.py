@@ -23,7 +23,8 @@ class RaggedBatch(eqx.Module):
     - `positions`: each token's position in its sequence.
     - `slots`: where each token's key and value are stored, as `page * page_size + offset`.
     - `last_tokens`: which token is the last of each row; 0 for an idle row.
-    - `page_size`: of the cache that it is about; the `max_len` of a contiguous one.
+    - `page_size`, `num_pages`: of the cache that it is about; the `max_len` and `num_seqs`
+        of a contiguous one.
     """
 
     page_indices: Int32[Array, "num_seqs pages_per_seq"]
@@ -36,6 +37,7 @@ class RaggedBatch(eqx.Module):
     last_tokens: Int32[Array, " num_seqs"]
     kind: Literal["decode", "mixed"] = eqx.field(static=True)
     page_size: int = eqx.field(static=True)
+    num_pages: int = eqx.field(static=True)
 
     @classmethod
     def of_step(
@@ -88,6 +90,7 @@ class RaggedBatch(eqx.Module):
             last_tokens=jnp.where(active, last_tokens, 0),
             kind="decode" if num_tokens is None else "mixed",
             page_size=page_size,
+            num_pages=num_pages,
         )
 
 

@@ -94,7 +94,8 @@ def generate(
     One compiled program: the prompts are read in chunks, and then a loop makes a token a
     row and turn until every row is done. A row that is done only keeps its slot. Prompts,
     their lengths and number, and the stop tokens are data; a program is compiled for each
-    `max_prompt_len`, `max_new_tokens`, number of stop tokens, sampler and kind of cache.
+    `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, number of stop tokens, sampler,
+    kind of cache, and with and without a key.
 
     Prompt `i` extends row `i`, whatever the row holds: a second turn of a conversation
     gives its own text only, which begins with the last token of the first turn's answer.
@@ -105,7 +106,7 @@ def generate(
         method from hidden states to logits. Any PyTree.
     - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][] with at
         least as many rows as there are prompts.
-    - `prompts`: padded with anything.
+    - `prompts`: padded with any int32.
     - `prompt_lens`: the tokens of each prompt; one of length 0 leaves its row idle.
     - `max_new_tokens`: the most tokens to make a prompt. 0 only reads the prompts.
     - `stop_tokens`: tokens after which a row is done.
@@ -144,7 +145,7 @@ def generate(
     check_int(max_new_tokens=max_new_tokens, least=0)
     check_positive(prefill_chunk=prefill_chunk)
     _check_prompts(prompts, prompt_lens, cache.num_seqs)
-    _check_tokens("stop_tokens", stop_tokens)
+    _check_stop_tokens(stop_tokens)
     num_prompts, max_prompt_len = prompts.shape
     arguments = (model, cache, prompts, prompt_lens, stop_tokens, key)
     if throw and _is_traced(arguments):
@@ -176,7 +177,8 @@ def generate(
     if extra > 0:
         xp = jnp if _is_traced(tokens) else np
         tokens, lengths = (xp.asarray(x)[:num_prompts] for x in (tokens, lengths))
-    generation = Generation(jnp.asarray(tokens), jnp.asarray(lengths), result)
+    # Put and not converted, which would compile for each number of prompts.
+    generation = Generation(jax.device_put(tokens), jax.device_put(lengths), result)
     return generation, cache
 
 
@@ -306,16 +308,23 @@ def _check_prompts(prompts, prompt_lens, num_seqs):
         )
     if max_prompt_len < 1:
         raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
-    if prompts.dtype.itemsize > 4:
-        _check_tokens("prompts", prompts)
+    for name, array in (("prompts", prompts), ("prompt_lens", prompt_lens)):
+        if not np.can_cast(array.dtype, np.int32):
+            _check_int32(name, array)
 
 
-def _check_tokens(name, tokens):
+def _check_stop_tokens(tokens):
+    array = jnp.asarray(tokens) if _is_traced(tokens) else np.asarray(tokens)
+    integers = array.size == 0 or jnp.issubdtype(array.dtype, jnp.integer)
+    if array.ndim != 1 or not integers:
+        raise ValueError(f"stop_tokens must be a list of integers, but is {tokens!r}.")
+    _check_int32("stop_tokens", tokens)
+
+
+def _check_int32(name, tokens):
     if _is_traced(tokens):
         return
     array = np.asarray(tokens)
-    if array.size and (array.ndim == 0 or not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must be integers, but are {tokens!r}.")
     int32 = np.iinfo(np.int32)
     if array.size and not int32.min <= array.min() <= array.max() <= int32.max:
         raise ValueError(

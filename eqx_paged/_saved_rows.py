@@ -18,6 +18,7 @@ import safetensors.numpy
 from ._kv_pages import KVPages
 from ._page_table import PageTable
 from ._results import RESULTS
+from .kernels._pages import value_dtype
 
 
 FORMAT = "eqx_paged rows 1"
@@ -137,9 +138,9 @@ def place(
 
 
 def _check_rows(rows, num_seqs):
-    rows = np.asarray(rows).reshape(-1)
-    if rows.size and not np.issubdtype(rows.dtype, np.integer):
-        raise ValueError(f"rows must be integers, but are {rows.tolist()}.")
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or rows.size and not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"rows must be a list of integers, but is {rows.tolist()}.")
     rows = rows.astype(np.int64)
     if len(np.unique(rows)) != len(rows):
         raise ValueError(f"rows must be named once each, but are {rows.tolist()}.")
@@ -156,7 +157,7 @@ def _live_slots(kv_lens, used, page_size):
 def _to_file(pages, layer, live):
     # Slots past the end may hold what another sequence left there.
     plain = (len(pages), layer.num_kv_heads, layer.page_size, layer.head_dim)
-    values = np.asarray(pages).view(_value_dtype(pages.dtype)).reshape(plain)
+    values = np.asarray(pages).view(value_dtype(pages.dtype)).reshape(plain)
     dead = np.arange(layer.page_size) >= live[:, None]
     return np.where(dead[:, None, :, None], np.zeros((), values.dtype), values)
 
@@ -164,7 +165,7 @@ def _to_file(pages, layer, live):
 def _from_file(path, tensors, name, layer, num_pages):
     values = tensors[name]
     stored = layer.k_pages if name.endswith("k") else layer.v_pages
-    dtype = _value_dtype(stored.dtype)
+    dtype = value_dtype(stored.dtype)
     plain = (num_pages, layer.num_kv_heads, layer.page_size, layer.head_dim)
     if values.shape != plain or values.dtype != dtype:
         raise ValueError(
@@ -173,10 +174,6 @@ def _from_file(path, tensors, name, layer, num_pages):
         )
     pages = values.reshape(num_pages, *stored.shape[1:])
     return jax.device_put(pages.view(np.dtype(stored.dtype)))
-
-
-def _value_dtype(dtype):
-    return np.dtype(jnp.bfloat16) if dtype == np.uint16 else np.dtype(dtype)
 
 
 def _check_names(path, tensors, num_layers):

@@ -17,14 +17,9 @@ import jax
 import jax.numpy as jnp
 import models
 import numpy as np
-from eqx_paged import generate, Generation, greedy, PagedKVCache, RESULTS
+from eqx_paged import generate, Generation, greedy, PagedKVCache, RESULTS, Sampler
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-
-# Gives a token a row from the scores of all tokens.
-Sampler = Callable[
-    [Float[Array, "num_rows vocab_size"], PRNGKeyArray], Int32[Array, " num_rows"]
-]
 
 MAX_PREFILL_CHUNK = 512
 # Below these sizes a smaller program or cache would gain nothing.
@@ -40,8 +35,8 @@ class Temperature(eqx.Module):
     temperature: Float[Array, ""]
 
     def __call__(
-        self, logits: Float[Array, "num_rows vocab_size"], key: PRNGKeyArray
-    ) -> Int32[Array, " num_rows"]:
+        self, logits: Float[Array, "num_seqs vocab_size"], key: PRNGKeyArray | None
+    ) -> Int32[Array, " num_seqs"]:
         """**Arguments:**
 
         - `logits`: a score for each token, for each row.
@@ -51,6 +46,7 @@ class Temperature(eqx.Module):
 
         One token a row.
         """
+        assert key is not None, "a program gives each of its calls a key"
         logits = logits.astype(jnp.float32) / self.temperature
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 

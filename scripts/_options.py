@@ -2,18 +2,20 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
-import sys
-from typing import NoReturn
 
-from ._numbers import whole
+from . import _command_line
+from ._command_line import Parser, whole
 
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny"
+
+refuse = functools.partial(_command_line.refuse, "generate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +33,6 @@ class Options:
     stream: bool
     json: bool
     show_pages: bool
-
-
-def refuse(reason: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit status 2."""
-    print(f"generate: {' '.join(reason.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        refuse(message)
 
 
 def parse_options(arguments: list[str] | None) -> Options:
@@ -63,11 +54,7 @@ def parse_options(arguments: list[str] | None) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m scripts.generate",
-        description="Continues prompts with a model, through a paged cache.",
-        allow_abbrev=False,
-    )
+    parser = Parser("generate", "Continues prompts with a model, through a paged cache.")
     add = parser.add_argument
     add(
         "--model",

@@ -2,17 +2,18 @@
 
 import argparse
 import dataclasses
+import functools
 import math
 import pathlib
-import sys
-import tempfile
-from typing import NoReturn
 
-from ._numbers import whole
+from . import _command_line
+from ._command_line import make_directory, Parser, whole
 
 
 STATE_FILE = "train_state.bin"
 DTYPES = ("bfloat16", "float32")
+
+refuse = functools.partial(_command_line.refuse, "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +32,11 @@ class Options:
     resume: bool
 
 
-def refuse(reason: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit status 2."""
-    print(f"train: {' '.join(reason.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        refuse(message)
-
-
 def parse_options(arguments: list[str] | None) -> Options:
     """Reads and checks `arguments` (the process's own if None), or refuses them."""
-    parser = _Parser(
-        prog="python -m scripts.train",
-        description="Trains a small decoder and writes it as a checkpoint.",
+    parser = Parser(
+        "train",
+        "Trains a small decoder and writes it as a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -78,18 +68,14 @@ def prepare_out(options: Options) -> None:
     """Makes the directory to write, unless it is not one for this run."""
     out = options.out
     try:
-        if out.exists() and not out.is_dir():
-            refuse(f"--out {out}: is a file, not a directory")
         has_state = (out / STATE_FILE).is_file()
-        if options.resume and not has_state:
-            refuse(f"--resume: {out} holds no interrupted run")
-        if has_state and not options.resume:
-            refuse(
-                f"--out {out}: holds an interrupted run; give --resume to go on "
-                f"with it, or remove {STATE_FILE}"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        # Only a try tells whether files can be made in it.
-        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         refuse(f"--out {out}: {error.strerror}")
+    if options.resume and not has_state:
+        refuse(f"--resume: {out} holds no interrupted run")
+    if has_state and not options.resume:
+        refuse(
+            f"--out {out}: holds an interrupted run; give --resume to go on "
+            f"with it, or remove {STATE_FILE}"
+        )
+    make_directory("train", out)

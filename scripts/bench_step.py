@@ -6,7 +6,6 @@ cache as in the large one, so both must take the same time: a step that copied i
 would take sixteen times as long on the large one.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -25,6 +24,8 @@ import numpy as np
 from eqx_paged import PagedAttention, PagedKVCache, RESULTS
 from jaxtyping import Array, Float
 
+from ._command_line import make_directory, Parser, whole
+
 
 MIB = 2**20
 CACHE_MIB = (64, 1024)
@@ -38,6 +39,8 @@ HEAD_DIM = 128
 # Of the small cache: most of it, as where paging pays.
 SHARE_STORED = 0.75
 WARM_UP = 3
+# In float32 the rest of the small cache holds 128 tokens more a row.
+MAX_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,9 @@ def time_cases(cases: list[Case], num_steps: int) -> list[dict[str, Any]]:
             start = time.perf_counter()
             _, caches[i] = jax.block_until_ready(decode_step(qkv, caches[i]))
             seconds[i].append(time.perf_counter() - start)
+    for case, cache in zip(cases, caches, strict=True):
+        last_len = case.tokens_per_row + WARM_UP + num_steps
+        assert (cache.kv_lens == last_len).all(), "each step had room for its tokens"
     return [
         _report(case, times[WARM_UP:]) for case, times in zip(cases, seconds, strict=True)
     ]
@@ -206,17 +212,23 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Times all cases; prints a table, and writes `step.json` and `step.png`."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_step")
-    parser.add_argument("--steps", type=int, default=50, help="to time (default: 50)")
+    parser = Parser("bench_step", "Times a decode step on a small and on a large cache.")
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=whole(1, MAX_STEPS),
+        default=50,
+        help=f"how many to time, up to {MAX_STEPS} (default: 50)",
+    )
     parser.add_argument(
         "--out",
+        metavar="DIR",
         type=pathlib.Path,
         default=pathlib.Path("build/bench"),
         help="where the files go (default: build/bench)",
     )
     given = parser.parse_args(arguments)
-    if given.steps < 1:
-        parser.error(f"argument --steps: must be at least 1, not {given.steps}")
+    make_directory("bench_step", given.out)
     about = describe()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(HEADER)
@@ -225,7 +237,6 @@ def main(arguments: list[str] | None = None) -> None:
         cases = [Case(cache_mib, page_size, dtype) for cache_mib in CACHE_MIB]
         rows += time_cases(cases, given.steps)
         print(*map(format_row, rows[-len(cases) :]), sep="\n", flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"about": about, "cases": rows}, indent=2)
     (given.out / "step.json").write_text(content + "\n")
     draw(rows, given.out / "step.png")

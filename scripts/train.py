@@ -53,9 +53,9 @@ _REPORT_EVERY = 20
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line `arguments`, the process's own if None."""
     options = parse_options(arguments)
+    corpus = _corpus(options)
     prepare_out(options)
     console = Console(highlight=False, soft_wrap=True)
-    corpus = _corpus(options)
     path = options.out / STATE_FILE
     losses = _saved_losses(path, corpus, options) if options.resume else []
     schedule = Schedule(options.steps, options.learning_rate)
@@ -95,16 +95,23 @@ def _corpus(options: Options) -> TaskCorpus | TextCorpus:
 
 def _fixed(corpus: TaskCorpus | TextCorpus, options: Options) -> dict[str, Any]:
     """What must not change between the parts of one run."""
-    text = None
+    text = "not given"
     if isinstance(corpus, TextCorpus):
-        text = f"{options.text} (SHA-256 {corpus.sha256})"
+        text = f"a text of SHA-256 {corpus.sha256}"
     return {
-        "text": text,
-        "steps": options.steps,
-        "seed": options.seed,
-        "context": options.context,
-        "learning_rate": options.learning_rate,
+        "--text": text,
+        "--steps": options.steps,
+        "--seed": options.seed,
+        "--context": options.context,
+        "--learning-rate": options.learning_rate,
     }
+
+
+def _notes(
+    corpus: TaskCorpus | TextCorpus, options: Options, losses: list[float]
+) -> dict[str, Any]:
+    """What is saved beside a state."""
+    return {"options": _fixed(corpus, options), "losses": losses}
 
 
 def _saved_losses(
@@ -116,11 +123,20 @@ def _saved_losses(
         refuse(f"--resume: {path}: {error.strerror}")
     except ValueError:
         refuse(f"--resume: {path} is not what an interrupted run leaves")
-    for name, value in _fixed(corpus, options).items():
-        if notes["options"][name] != value:
-            flag = name.replace("_", "-")
-            refuse(f"--{flag} {value}: the interrupted run had {notes['options'][name]}")
+    expected = _notes(corpus, options, [])
+    if not (
+        _same_names(notes, expected) and _same_names(notes["options"], expected["options"])
+    ):
+        refuse(f"--resume: {path} is of another version of this program")
+    for name, value in expected["options"].items():
+        had = notes["options"][name]
+        if had != value:
+            refuse(f"{name} is {value}, but was {had} in the interrupted run")
     return notes["losses"]
+
+
+def _same_names(found: Any, expected: dict[str, Any]) -> bool:
+    return isinstance(found, dict) and found.keys() == expected.keys()
 
 
 def _untrained(corpus: TaskCorpus | TextCorpus, options: Options) -> Decoder:
@@ -181,8 +197,7 @@ def _train(
     path = options.out / STATE_FILE
 
     def save() -> None:
-        notes = {"options": _fixed(corpus, options), "losses": losses}
-        save_state(path, state, notes)
+        save_state(path, state, _notes(corpus, options, losses))
 
     with _Interruption() as interruption, _progress(console) as progress:
         bar = progress.add_task("training", total=options.steps, note="compiling")

@@ -392,5 +392,8 @@ def test_a_step_must_be_of_the_cache_and_of_as_many_tokens(no_type_hook, kind):
             attention(jnp.resize(q, (num_tokens, *q.shape[1:])), k, k, layer, batches[kind])
     with fails_naming(("page_size", "8", "40")):
         attention(q, k, k, layer, batches[other])
+    bigger = dataclasses.replace(batches[kind], num_pages=99)
+    with fails_naming(("num_pages", "99")):
+        attention(q, k, k, layer, bigger)
     with fails_naming(("KVPages", "RaggedKV")):
         attention(q, k, k, caches[other].layers[0], batches[kind])

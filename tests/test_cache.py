@@ -459,7 +459,9 @@ def test_saving_replaces_an_older_file_and_leaves_no_other(getkey, tmp_path):
     assert loaded.kv_lens.tolist() == [3, 0, 0, 0]
 
 
-@pytest.mark.parametrize("rows", ([True, False, False, False], [0.7], "0"), ids=str)
+@pytest.mark.parametrize(
+    "rows", ([True, False, False, False], [0.7], "0", 0, [[0, 1]]), ids=str
+)
 def test_rows_to_save_are_integers(tmp_path, no_type_hook, rows):
     with pytest.raises(ValueError, match="integers"):
         empty().save(tmp_path / "rows", rows)

@@ -385,7 +385,12 @@ def test_misuse_is_told_before_any_work(model, no_type_hook):
     before_work(lambda: call(cache, prompts.tolist(), lens, **options))
     wide = np.asarray(prompts, np.int64) + 2**32
     assert "int32" in before_work(lambda: call(cache, wide, lens, **options))
-    for stops in ([1.7], {5}, "ab", [2**40]):
+    wide = np.asarray(lens, np.int64) + 2**32
+    for throw in (True, False):
+        assert "int32" in before_work(
+            lambda t=throw: call(cache, prompts, wide, throw=t, **options)
+        )
+    for stops in ([1.7], {5}, "ab", [2**40], [[1, 2]]):
         message = before_work(
             lambda s=stops: call(cache, prompts, lens, stop_tokens=s, **options)
         )
@@ -569,13 +574,16 @@ def test_what_is_data_compiles_nothing(model):
     assert not compilations
 
 
-def test_the_number_of_prompts_retraces_nothing(model):
-    # Cutting the answers to the number of prompts may compile; the model may not be traced.
-    generate(model, empty(), PROMPTS)
+def test_the_number_of_prompts_compiles_nothing(model):
+    cache = empty()
+    generate(model, cache, PROMPTS)
+    calls = [padded(PROMPTS[:n]) for n in (1, 2, 3)]
     traces = len(TRACES)
-    for n in (1, 2, 3):
-        generate(model, empty(), PROMPTS[:n])
+    with count_compilations() as compilations:
+        for call in calls:
+            generate_padded(model, cache, *call)
     assert len(TRACES) == traces
+    assert not compilations
 
 
 def test_weights_are_data(model):

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "eqx_paged"
 
 CLASSES = (
     *("PageTable", "PagedKVCache", "KVPages", "RaggedBatch", "RaggedKVCache", "RaggedKV"),
+    *("PageCopies",),
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
 )
 ARRAY_FUNCTIONS = (

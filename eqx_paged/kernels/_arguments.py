@@ -44,6 +44,7 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
     check_rank("k_pages", k_pages, 4)
+    check_rank("v_pages", v_pages, 4)
     if k_pages.shape != v_pages.shape:
         raise ValueError(
             f"k_pages and v_pages must have one shape, but have {k_pages.shape} and "
@@ -52,15 +53,7 @@ def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
     for name, size in (("head_dim", head_dim), ("num_pages", k_pages.shape[0])):
         if size == 0:
             raise ValueError(f"{name} must be at least 1, but is 0.")
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if not jnp.issubdtype(pages.dtype, jnp.floating) and pages.dtype not in (
-            jnp.uint16,
-            jnp.int8,
-        ):
-            raise ValueError(
-                f"{name} must be floating-point, int8, or uint16 for the bits of bfloat16, "
-                f"but is {pages.dtype}."
-            )
+    check_stored(k_pages=k_pages, v_pages=v_pages)
     lanes = k_pages.shape[3]
     in_rows = lanes == LANES and head_dim > 0 and LANES % head_dim == 0
     if lanes != head_dim and not in_rows:
@@ -68,6 +61,16 @@ def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
             f"The last axis of k_pages is {lanes} but head_dim is {head_dim}. It must be "
             f"head_dim, or {LANES} where head_dim divides {LANES}."
         )
+
+
+def check_stored(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        known = array.dtype in (jnp.uint16, jnp.int8)
+        if not known and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floating-point, int8, or uint16 for the bits of bfloat16, "
+                f"but is {array.dtype}."
+            )
 
 
 def check_writable(**pages: Array) -> None:
@@ -107,7 +110,7 @@ def check_options(
     if not float(jnp.finfo(jnp.float32).min) <= mask_value < 0:
         raise ValueError(
             f"mask_value must be finite in float32 and below 0, but is {mask_value}. It "
-            "stands for minus infinity."
+            "tells the largest logit of a row without keys, which is minus infinity."
         )
     if sinks is None:
         return

@@ -33,6 +33,7 @@ def storage_shape(
 
 def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The stored dtype of a cache that holds `dtype`, on the default backend."""
+    dtype = jnp.dtype(dtype)  # a name is not equal to what it names
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return jnp.dtype(jnp.uint16)
     return jnp.dtype(dtype)

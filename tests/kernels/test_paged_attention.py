@@ -1,6 +1,7 @@
 import functools as ft
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,26 @@ def edge_lens(page_size):
 
 
 check = ft.partial(check_paged, "paged_attention")
+
+
+def test_equal_layers_trace_it_once(getkey, monkeypatch):
+    from eqx_paged.kernels.paged_attention import xla
+
+    case = paged_case(getkey(), kv_lens=(3, 20), num_heads=6)
+    attend, calls = array_function("paged_attention", None), []
+    body = xla.paged_attention
+    monkeypatch.setattr(
+        xla, "paged_attention", lambda *args, **kw: calls.append(1) or body(*args, **kw)
+    )
+    q, *rest = case.decode_args
+
+    def model(q):
+        for _ in range(30):
+            q = attend(q, *rest)
+        return q
+
+    jax.jit(model).lower(q)
+    assert len(calls) == 1
 
 
 @every_implementation

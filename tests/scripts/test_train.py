@@ -88,10 +88,37 @@ def test_the_learnt_text_must_not_change(tmp_path, monkeypatch, capsys):
     text.write_bytes(new)
     told = refusal(capsys, "--out", tmp_path, *SMALL, *options, "--resume")
     new, old = (hashlib.sha256(content).hexdigest() for content in (new, old))
-    had = f"the interrupted run had {text} (SHA-256 {old})"
-    assert f"--text {text} (SHA-256 {new}): {had}" in told
-    text.write_text("a b c d e f g h\n" * 50)
-    run(tmp_path, *options, "--resume")
+    is_new, was_old = f"is a text of SHA-256 {new}", f"was a text of SHA-256 {old}"
+    assert f"--text {is_new}, but {was_old} in the interrupted run" in told
+    told = refusal(capsys, "--out", tmp_path, *SMALL, *options[2:], "--resume")
+    assert f"--text is not given, but {was_old} in the interrupted run" in told
+    # The same text may have moved.
+    moved = tmp_path / "moved.txt"
+    moved.write_text("a b c d e f g h\n" * 50)
+    run(tmp_path, "--text", moved, *options[2:], "--resume")
+
+
+def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(1, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--steps", 3)
+    capsys.readouterr()
+    path = tmp_path / "train_state.bin"
+    head, _, rest = path.read_bytes()[:-32].partition(b"\n")
+    notes = json.loads(head)
+    options = notes["options"]
+    others = (
+        {**notes, "options": {name: options[name] for name in list(options)[1:]}},
+        {**notes, "options": list(options)},
+        {**notes, "more": 1},
+        {},
+    )
+    for other in others:
+        whole = json.dumps(other).encode() + b"\n" + rest
+        path.write_bytes(whole + hashlib.sha256(whole).digest())
+        told = refusal(capsys, "--out", tmp_path, *SMALL, "--steps", 3, "--resume")
+        assert "is of another version" in told
 
 
 def test_a_damaged_state_is_refused(tmp_path, monkeypatch, capsys):
@@ -196,12 +223,13 @@ def test_other_nonsense_is_told_in_one_line(capsys, tmp_path):
     assert "too short" in refusal(capsys, *out, "--text", file)
     file.write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in refusal(capsys, *out, "--text", file)
+    assert not (tmp_path / "out").exists()
     assert "no interrupted run" in refusal(capsys, "--out", tmp_path, "--resume")
 
 
 @pytest.mark.parametrize("name", ("/proc/x", "/proc", "/dev/null/x", "x" * 300))
 def test_a_directory_that_cannot_be_written_is_refused_first(capsys, monkeypatch, name):
-    monkeypatch.setattr(train, "_corpus", crash)
+    monkeypatch.setattr(train, "_untrained", crash)
     assert f"--out {name}: " in refusal(capsys, "--out", name)
 
 
@@ -214,9 +242,9 @@ def test_an_interrupted_run_is_neither_lost_nor_changed(tmp_path, monkeypatch, c
     options = ("--out", tmp_path, *SMALL)
     assert "--resume" in refusal(capsys, *options, "--steps", 3)
     told = refusal(capsys, *options, "--steps", 4, "--resume")
-    assert "--steps 4: the interrupted run had 3" in told
+    assert "--steps is 4, but was 3 in the interrupted run" in told
     told = refusal(capsys, *options, "--steps", 3, "--seed", 1, "--resume")
-    assert "--seed 1: the interrupted run had 0" in told
+    assert "--seed is 1, but was 0 in the interrupted run" in told
 
 
 def test_any_text_can_be_learnt(tmp_path, capsys):

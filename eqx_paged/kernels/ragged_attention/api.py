@@ -64,6 +64,8 @@ def ragged_gqa(
     arguments.check_rank("q", q, 3)
     arguments.check_floating(q=q)
     arguments.check_rank("k", k, 4)
+    arguments.check_rank("v", v, 4)
+    arguments.check_stored(k=k, v=v)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, but have {k.shape} and {v.shape}.")
     arguments.check_equal("num_seqs of q", q.shape[0], "of k", k.shape[0])
@@ -87,8 +89,8 @@ def ragged_gqa(
         mask_value=mask_value,
         return_residuals=False,
     )
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, but is {block_size}.")
+    if type(block_size) is not int or block_size < 1:
+        raise ValueError(f"block_size must be an int of at least 1, but is {block_size!r}.")
     check_implementation(implementation)
     operands = dict(
         q=q,

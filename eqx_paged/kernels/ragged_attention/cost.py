@@ -36,7 +36,8 @@ def mha_cost_estimate(
 
     `ValueError` for a negative count, or a `num_heads` that `num_kv_heads` does not divide.
     """
-    for name, count in dict(num_seqs=num_seqs, kv_len=kv_len, q_len=q_len).items():
+    counts = dict(num_seqs=num_seqs, num_heads=num_heads, head_dim=head_dim, kv_len=kv_len)
+    for name, count in {**counts, "q_len": q_len}.items():
         if count < 0:
             raise ValueError(f"{name} must be at least 0, but is {count}.")
     check_heads(num_heads, num_kv_heads)

@@ -1,7 +1,7 @@
 """Ragged attention over contiguous keys and values in plain XLA.
 
 Rows advance in step, a block of positions at a time, from the first block that any row
-needs to the last: the cost follows the longest window, not the buffer.
+needs to the last: the cost follows the span of all windows together, not the buffer.
 """
 
 from typing import Any

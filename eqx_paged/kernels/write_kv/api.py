@@ -49,6 +49,7 @@ def write_kv(
     when the program is lowered, for an implementation that cannot run.
     """
     arguments.check_rank("k", k, 3)
+    arguments.check_rank("v", v, 3)
     arguments.check_rank("slots", slots, 1)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, but have {k.shape} and {v.shape}.")
