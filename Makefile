@@ -8,6 +8,10 @@ RUN := $(VENV)/bin/python
 WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS)
 
+# What is installed here runs on the CPU. The tests install the TPU's compiler as well, and
+# without this JAX would look for a TPU.
+export JAX_PLATFORMS ?= cpu
+
 .PHONY: help setup demo test test-slow test-all lint bench docs check-python
 .DEFAULT_GOAL := help
 

@@ -4,10 +4,15 @@ The package under test is imported nowhere here: the jaxtyping hook must be able
 on its first import.
 """
 
+import os
 import zlib
 
-import jax
-import pytest
+
+# The TPU's compiler is installed with the tests; its chips are not to be looked for.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

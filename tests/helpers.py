@@ -327,10 +327,10 @@ def default_mask_value(name):
     return inspect.signature(getattr(eqx_paged, name)).parameters["mask_value"].default
 
 
-def check_paged(name, case, implementation, **options):
-    """An array function over pages against the oracle."""
+def check_paged(name, case, implementation, *, how=None, **options):
+    """An array function over pages against the oracle, whatever options say `how`."""
     args = case.decode_args if name == "paged_attention" else case.mixed_args
-    out = run(name, implementation, args, **options)
+    out = run(name, implementation, args, **options, **(how or {}))
     wanted = expected_paged(case, **options)
     if options.get("return_residuals"):
         out, m, l = out  # noqa: E741

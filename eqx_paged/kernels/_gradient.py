@@ -2,7 +2,29 @@
 
 import jax
 
-from ._choose import Kernel
+from .._types import Implementation
+from ._choose import Kernel, PLATFORMS
+
+
+def differentiable(
+    op: str, implementation: Implementation | None, kernel: Kernel, definition: Kernel
+) -> Kernel:
+    """`kernel`, differentiated in reverse as if it were `definition`; a Pallas kernel that
+    was asked for by name says that it cannot be."""
+    if implementation not in PLATFORMS:
+        return with_gradient_of(definition, kernel)
+
+    @jax.custom_vjp
+    def without_gradient(operands):
+        return kernel(operands)
+
+    def refuse(operands):
+        raise NotImplementedError(
+            f"{op} has no gradient as {implementation!r}; it has one as 'xla' and None."
+        )
+
+    without_gradient.defvjp(refuse, refuse)
+    return without_gradient
 
 
 def with_gradient_of(definition: Kernel, kernel: Kernel) -> Kernel:

@@ -4,14 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._choose import check_implementation, choose
-from .._gradient import with_gradient_of
+from .._choose import attention_results, check_implementation, choose
+from .._gradient import differentiable
 from .._online_softmax import DEFAULT_MASK_VALUE
-from . import reference, xla
+from .._tpu import TPUConfig
+from . import pallas_tpu, reference, xla
 
 
 def paged_attention(
@@ -30,6 +32,8 @@ def paged_attention(
     mask_value: float = DEFAULT_MASK_VALUE,
     return_residuals: bool = False,
     implementation: Implementation | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    config: TPUConfig | None = None,
 ) -> (
     Float[Array, "num_seqs num_heads head_dim"]
     | tuple[
@@ -68,7 +72,11 @@ def paged_attention(
     - `mask_value`: what the residuals tell as the largest logit of a row without keys.
     - `return_residuals`: whether to return `(out, m, l)`, for
         [`eqx_paged.merge_residuals`][]. Not together with `sinks`.
-    - `implementation`: `"xla"`, or None to let the platform decide.
+    - `implementation`: `"xla"`; `"pallas_tpu"`, which has no gradient; or None to let the
+        platform decide.
+    - `interpret`: whether to interpret a Pallas kernel on the CPU, which is slow; or how,
+        by `pltpu.InterpretParams`.
+    - `config`: how a Pallas kernel for the TPU divides its work; None chooses.
 
     **Returns:**
 
@@ -97,7 +105,7 @@ def paged_attention(
         mask_value=mask_value,
         return_residuals=return_residuals,
     )
-    check_implementation(implementation)
+    check_implementation(implementation, interpret)
     operands = dict(
         q=q,
         k_pages=k_pages,
@@ -108,15 +116,18 @@ def paged_attention(
         k_scale=arguments.scale_per_head("k_scale", k_scale, k_pages.shape[1]),
         v_scale=arguments.scale_per_head("v_scale", v_scale, k_pages.shape[1]),
     )
-    out, m, l = _traced_once(
+    results = _traced_once(
         operands,
         sm_scale=arguments.sm_scale_or_default(sm_scale, q.shape[2]),
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         mask_value=mask_value,
+        return_residuals=return_residuals,
         implementation=implementation,
+        interpret=interpret,
+        config=config,
     )
-    return (out, m, l) if return_residuals else out
+    return results if return_residuals else results[0]
 
 
 def check_arguments(
@@ -151,15 +162,46 @@ def check_arguments(
         "soft_cap",
         "sliding_window",
         "mask_value",
+        "return_residuals",
         "implementation",
+        "interpret",
+        "config",
     ),
 )
-def _traced_once(operands, *, implementation, mask_value, **options):
-    kernel = with_gradient_of(
+def _traced_once(
+    operands, *, mask_value, return_residuals, implementation, interpret, config, **options
+):
+    num_results = 3 if return_residuals else 1
+    pages = (operands[name] for name in ("k_pages", "v_pages", "page_indices"))
+    kernel = choose(
+        "paged_attention",
+        implementation,
+        {
+            "xla": lambda operands: xla.paged_attention(**operands, **options)[
+                :num_results
+            ],
+            "pallas_tpu": lambda operands: pallas_tpu.paged_attention(
+                **operands,
+                **options,
+                return_residuals=return_residuals,
+                interpret=interpret,
+                config=config,
+            ),
+        },
+        results=attention_results(operands["q"], num_results),
+        unsupported={"pallas_tpu": pallas_tpu.unsupported(*pages)},
+        interpret=interpret,
+    )
+    kernel = differentiable(
+        "paged_attention",
+        implementation,
+        kernel,
         lambda operands: reference.paged_attention(
             **operands, **options, return_residuals=True
-        ),
-        lambda operands: xla.paged_attention(**operands, **options),
+        )[:num_results],
     )
-    out, m, l = choose("paged_attention", implementation, {"xla": kernel})(operands)
+    out, *residuals = kernel(operands)
+    if not residuals:
+        return (out,)
+    m, l = residuals
     return out, jnp.where(l == 0, mask_value, m), l

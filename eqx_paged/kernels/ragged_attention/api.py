@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._choose import check_implementation, choose
+from .._choose import attention_results, check_implementation, choose
 from .._gradient import with_gradient_of
 from .._online_softmax import DEFAULT_MASK_VALUE
 from . import reference, xla
@@ -243,7 +243,9 @@ def _traced_once(operands, *, implementation, block_size, mask_value, **options)
         lambda operands: reference.ragged_gqa(**operands, **options),
         lambda operands: xla.ragged_gqa(**operands, **options, block_size=block_size),
     )
-    out, m, l = choose("ragged_gqa", implementation, {"xla": kernel})(operands)
+    results = attention_results(operands["q"])
+    kernel = choose("ragged_gqa", implementation, {"xla": kernel}, results=results)
+    out, m, l = kernel(operands)
     return out, jnp.where(l == 0, mask_value, m), l
 
 
@@ -307,4 +309,6 @@ def _chunk_traced_once(operands, *, implementation, **options):
         lambda operands: reference.ragged_chunk_attention(**operands, **options),
         lambda operands: xla.ragged_chunk_attention(**operands, **options),
     )
-    return choose("ragged_gqa", implementation, {"xla": kernel})(operands)[0]
+    results = attention_results(operands["q"])
+    kernel = choose("ragged_gqa", implementation, {"xla": kernel}, results=results)
+    return kernel(operands)[0]

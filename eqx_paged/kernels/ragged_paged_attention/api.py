@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._choose import check_implementation, choose
+from .._choose import attention_results, check_implementation, choose
 from .._gradient import with_gradient_of
 from .._online_softmax import DEFAULT_MASK_VALUE
 from ..paged_attention.api import check_arguments
@@ -135,5 +135,11 @@ def _traced_once(operands, *, implementation, mask_value, **options):
         ),
         lambda operands: xla.ragged_paged_attention(**operands, **options),
     )
-    out, m, l = choose("ragged_paged_attention", implementation, {"xla": kernel})(operands)
+    kernel = choose(
+        "ragged_paged_attention",
+        implementation,
+        {"xla": kernel},
+        results=attention_results(operands["q"]),
+    )
+    out, m, l = kernel(operands)
     return out, jnp.where(l == 0, mask_value, m), l

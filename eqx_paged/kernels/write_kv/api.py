@@ -68,4 +68,6 @@ def write_kv(
 @functools.partial(jax.jit, static_argnames="implementation")
 def _traced_once(operands, *, implementation):
     kernels = {"xla": lambda operands: xla.write_kv(**operands)}
-    return choose("write_kv", implementation, kernels)(operands)
+    pages = [operands["k_pages"], operands["v_pages"]]
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages]
+    return choose("write_kv", implementation, kernels, results=results)(operands)

@@ -1,0 +1,139 @@
+"""What the TPU kernels share: the generations of TPU, and copies of many pages at once."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._pages import LANES
+
+
+# Rows of a float32 tile.
+SUBLANES = 8
+LOG2_E = 1.4426950408889634
+SMEM_BYTES = 2**20  # of every generation
+
+
+@dataclasses.dataclass(frozen=True)
+class TPUConfig:
+    """How a Pallas kernel for the TPU divides its work. The default is chosen by the
+    shapes, the dtype and the TPU, so this is for measuring.
+
+    - `pages_per_compute_block`: how many pages of a row are fetched and worked on at a
+        time; None chooses.
+    - `inline_seq_dim`: whether one step of the grid works off as many rows as fit; if not,
+        each group of rows that is worked on together is a step.
+    - `megacore_mode`: what the two cores of a TPU v4 or v5p share out: the rows
+        (`"batch"`), the kv heads (`"kv_head"`), or nothing (None: one core works).
+    """
+
+    pages_per_compute_block: int | None = None
+    inline_seq_dim: bool = True
+    megacore_mode: Literal["batch", "kv_head"] | None = None
+
+
+class Generation(NamedTuple):
+    """What a kernel's shape depends on. All figures are of one core."""
+
+    name: str
+    vmem_bytes: int
+    num_cores: int  # that one program runs on, sharing their memory
+    mxu_size: int
+
+
+_MIB = 2**20
+GENERATIONS = {
+    generation.name: generation
+    for generation in (
+        Generation("v4", 16 * _MIB, num_cores=2, mxu_size=128),
+        Generation("v5e", 128 * _MIB, num_cores=1, mxu_size=128),
+        Generation("v5p", 64 * _MIB, num_cores=2, mxu_size=128),
+        Generation("v6e", 128 * _MIB, num_cores=1, mxu_size=256),
+        Generation("7x", 64 * _MIB, num_cores=1, mxu_size=256),
+    )
+}
+# As `device_kind` says it.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+    "TPU v7x": "7x",
+}
+
+
+def generation() -> Generation:
+    """The TPU that is compiled for: that of the mesh in scope, or else of the default
+    device. Where there is none (a program compiled elsewhere, or interpreted) the one
+    with the least memory, whose choices run on all."""
+    mesh_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = (mesh_device or jax.devices()[0]).device_kind
+    return GENERATIONS[_KINDS.get(kind, "v4")]
+
+
+@dataclasses.dataclass(frozen=True)
+class PageFetch:
+    """Copies of up to `num_pages` pages from a pool to a buffer, waited for together.
+
+    `source(page)` and `buffer.at[i]` are of one shape. Every start adds to one semaphore,
+    and a wait takes off as much as all of them added.
+    """
+
+    source: Callable[[Any], Any]
+    buffer: Any
+    semaphore: Any
+
+    def start(self, page: Any, i: Any) -> None:
+        pltpu.make_async_copy(self.source(page), self.buffer.at[i], self.semaphore).start()
+
+    def wait_all(self) -> None:
+        self._wait(self.buffer)
+
+    def wait(self, count: Any) -> None:
+        """In pieces of a power of two, since a copy's size must be static."""
+        piece = 1
+        while piece <= self.buffer.shape[0]:
+
+            @pl.when(count & piece != 0)
+            def _(piece=piece):
+                self._wait(self.buffer.at[pl.ds(0, piece)])
+
+            piece *= 2
+
+    def _wait(self, ref: Any) -> None:
+        # Only the size of a copy that is waited for matters.
+        pltpu.make_async_copy(ref, ref, self.semaphore).wait()
+
+
+def rolled(count: Any, step: Callable[[Any], None], unroll: int = 8) -> None:
+    """`step(i)` for each `i < count`, several a turn."""
+
+    def turn(t, _):
+        for u in range(unroll):
+            step(t * unroll + u)
+        return 0
+
+    def single(i, _):
+        step(i)
+        return 0
+
+    whole = count // unroll
+    jax.lax.fori_loop(0, whole, turn, 0)
+    jax.lax.fori_loop(whole * unroll, count, single, 0)
+
+
+def lane_tiles(x: jax.Array) -> list[jax.Array]:
+    """The registers of `[rows, n * 128]`, side by side."""
+    return [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -1,0 +1,674 @@
+"""Paged decode attention for the TPU.
+
+Grid      (cores, steps); a step works off groups of rows, and a group its blocks of pages,
+          in order. Rows are sorted by length, so that those of a group end together.
+Reads     each live page once, all heads in one copy; pages past the end of a row, or
+          before its window, are skipped. While a block is computed the next one arrives
+          in the other slot, across groups and steps.
+Scratch   K and V of two blocks, each slot an array of its own: with one array and a
+          traced slot number the compiler lets no copy start beside a load.
+State     running max `m`, running sum `l` (one partial sum a lane), accumulator `acc`;
+          float32, carried as values.
+Limits    lanes a multiple of 128, one dtype for K and V, a row's table within SMEM.
+
+What makes it fast is in docs/tpu.md.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32, Real
+
+from .._online_softmax import normalise
+from .._pages import LANES, values_of
+from .._tpu import (
+    Generation,
+    generation,
+    iota,
+    lane_tiles,
+    LOG2_E,
+    PageFetch,
+    rolled,
+    SMEM_BYTES,
+    SUBLANES,
+    TPUConfig,
+)
+
+
+# What `m` starts from, and what a hidden logit is: finite, so that no difference is NaN.
+_HIDDEN = -1e30
+
+
+# --- Limits
+
+
+def unsupported(k_pages: Array, v_pages: Array, page_indices: Array) -> str | None:
+    """Why this kernel cannot run, or None."""
+    lanes = k_pages.shape[3]
+    if lanes % LANES != 0:
+        return f"its pages must have a multiple of {LANES} lanes, not {lanes}"
+    if k_pages.dtype != v_pages.dtype:
+        return f"K and V must have one dtype, not {k_pages.dtype} and {v_pages.dtype}"
+    if _rows_of_tables(page_indices.shape[1]) < 4:
+        return f"a table of {page_indices.shape[1]} pages a row is too wide for its memory"
+    return None
+
+
+def _rows_of_tables(pages_per_seq: int) -> int:
+    """How many rows' tables fit the scalar memory, which is the same on all TPUs."""
+    return SMEM_BYTES // 2 // (4 * (pages_per_seq + 2))
+
+
+# --- Block sizes
+
+
+class Plan(NamedTuple):
+    """Sizes. A row of lanes holds `streams` tokens, each a softmax of its own."""
+
+    num_kv_heads: int  # of a core
+    group: int
+    head_dim: int
+    lanes: int
+    page_rows: int
+    rows: int  # sequences that are worked on together
+    pages: int  # of each of them in a block
+    heads: int  # of a tile of queries
+    streamed: int  # eighths of every other tile's keys whose scores are computed turned
+    groups_per_step: int
+    steps: int
+    num_calls: int  # each with as much of the table as fits
+    row_cores: int  # that share the rows
+    head_cores: int  # that share the heads
+    vmem_bytes: int
+
+    @property
+    def streams(self) -> int:
+        return self.lanes // self.head_dim if self.head_dim < self.lanes else 1
+
+    @property
+    def queries(self) -> int:
+        """Rows of a tile: `[heads, streams, group]`, padded."""
+        return -(-self.heads * self.streams * self.group // SUBLANES) * SUBLANES
+
+    @property
+    def tiles(self) -> int:
+        return self.num_kv_heads // self.heads
+
+    @property
+    def page_size(self) -> int:
+        return self.page_rows * self.streams
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of each row in a block."""
+        return self.pages * self.page_size
+
+    @property
+    def rows_per_call(self) -> int:
+        return self.steps * self.row_cores * self.groups_per_step * self.rows
+
+
+def default_config(chip: Generation) -> TPUConfig:
+    """All cores of a chip share the rows."""
+    return TPUConfig(megacore_mode="batch" if chip.num_cores > 1 else None)
+
+
+def plan_of(
+    q: Array, k_pages: Array, pages_per_seq: int, config: TPUConfig, chip: Generation
+) -> Plan:
+    """The sizes for these shapes and this TPU."""
+    num_seqs, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_rows, lanes = k_pages.shape
+    row_cores, head_cores = cores_of(config, chip, num_kv_heads)
+    group, num_kv_heads = num_heads // num_kv_heads, num_kv_heads // head_cores
+    streams = lanes // head_dim if head_dim < lanes else 1
+    heads = _heads_of_tile(num_kv_heads, group * streams, lanes)
+    tiles = num_kv_heads // heads
+    # Several softmaxes at once hide each other's latency: those of a row's heads, and
+    # those of several rows, which short rows need the more.
+    rows = min(4 if tiles == 1 else 2, pl.next_power_of_2(num_seqs))
+    row_bytes = 4 * num_kv_heads * lanes * k_pages.dtype.itemsize
+    while rows > 1 and LANES * rows * row_bytes > chip.vmem_bytes // 2:
+        rows //= 2
+    row_bytes *= rows
+    pages = config.pages_per_compute_block
+    if pages is None:
+        length = min(8192 // (num_kv_heads * rows), pages_per_seq * page_rows)
+        length = max(LANES, pl.next_power_of_2(length))
+        while length > LANES and length * row_bytes > chip.vmem_bytes // 2:
+            length //= 2
+        pages = max(1, length // page_rows)
+    elif pages < 1 or pages * page_rows % LANES != 0:
+        raise ValueError(
+            f"pages_per_compute_block={pages} makes blocks of {pages * page_rows} rows of "
+            f"{lanes} lanes, which must be a multiple of {LANES}."
+        )
+    # Queries and results of a step, which the pipeline holds twice.
+    tile_rows = -(-heads * streams * group // SUBLANES) * SUBLANES
+    group_bytes = 2 * rows * tiles * tile_rows * lanes * (heads * q.dtype.itemsize + 8)
+    fitting = max(1, chip.vmem_bytes // 8 // group_bytes)
+    needed = pages * page_rows * row_bytes + group_bytes
+    limit = chip.vmem_bytes * 7 // 8
+    if needed > limit:
+        raise ValueError(
+            f"Blocks of {pages} pages of {rows} rows need {needed} bytes of VMEM, but "
+            f"there are {limit}: choose a smaller pages_per_compute_block."
+        )
+    num_calls = -(-num_seqs // _rows_of_tables(pages_per_seq))
+    groups = -(-num_seqs // (num_calls * rows * row_cores))
+    groups_per_step = min(groups, fitting) if config.inline_seq_dim else 1
+    return Plan(
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        lanes=lanes,
+        page_rows=page_rows,
+        rows=rows,
+        pages=pages,
+        heads=heads,
+        streamed=4 if chip.mxu_size == 256 and tiles > 1 else 0,
+        groups_per_step=groups_per_step,
+        steps=-(-groups // groups_per_step),
+        num_calls=num_calls,
+        row_cores=row_cores,
+        head_cores=head_cores,
+        vmem_bytes=limit,
+    )
+
+
+def cores_of(config: TPUConfig, chip: Generation, num_kv_heads: int) -> tuple[int, int]:
+    """How many cores share the rows, and how many the heads."""
+    mode = config.megacore_mode
+    if mode is None:
+        return 1, 1
+    if chip.num_cores == 1:
+        raise ValueError(f"megacore_mode is {mode!r}, but a TPU {chip.name} has one core.")
+    if mode == "batch":
+        return chip.num_cores, 1
+    if num_kv_heads % chip.num_cores != 0:
+        raise ValueError(
+            f"megacore_mode 'kv_head' shares {num_kv_heads} kv heads among "
+            f"{chip.num_cores} cores, which does not divide them."
+        )
+    return 1, chip.num_cores
+
+
+def _heads_of_tile(num_kv_heads: int, rows: int, lanes: int) -> int:
+    """Two, if they fit a tile of queries and the 256 rows of a matrix unit."""
+    pair = num_kv_heads % 2 == 0 and 2 * rows <= 16 and 2 * lanes <= 256
+    return 2 if pair else 1
+
+
+# --- Body
+
+
+def _kernel(
+    starts_ref,  # [num_seqs] in SMEM
+    ends_ref,  # [num_seqs]
+    table_ref,  # [num_seqs * pages_per_seq]
+    q_ref,  # [groups_per_step * rows, tiles, queries, heads * lanes]
+    k_hbm,  # [num_pages, num_kv_heads, page_rows, lanes]
+    v_hbm,
+    out_ref,  # [groups_per_step * rows, tiles, queries, lanes]
+    *refs,
+    plan: Plan,
+    cap: float | None,
+    windowed: bool,
+):
+    ml_ref = refs[0] if len(refs) == 7 else None  # as out_ref: lane 0 is m, the others l
+    k0, k1, v0, v1, semaphores, slot_ref = refs[-6:]
+    core, step = pl.program_id(0), pl.program_id(1)
+    # A core's place among those that share the rows, and its heads.
+    place = core if plan.row_cores > 1 else 0
+    heads = pl.ds(
+        0 if plan.head_cores == 1 else core * plan.num_kv_heads, plan.num_kv_heads
+    )
+    fetches = [
+        (
+            PageFetch(lambda page: k_hbm.at[page, heads], k, semaphores.at[slot, 0]),
+            PageFetch(lambda page: v_hbm.at[page, heads], v, semaphores.at[slot, 1]),
+        )
+        for slot, (k, v) in enumerate(((k0, v0), (k1, v1)))
+    ]
+    num_rows = ends_ref.shape[0]
+    pages_per_seq = table_ref.shape[0] // num_rows
+    page_size, block_size = plan.page_size, plan.block_size
+
+    def first_page(row):
+        return starts_ref[row] // page_size if windowed else 0
+
+    def rows_of(group):
+        """The group's rows; past the last group of all, the last rows."""
+        first = jnp.minimum(group * plan.rows, num_rows - plan.rows)
+        return [first + i for i in range(plan.rows)]
+
+    def num_pages(group, block):
+        """Pages of each row in a block."""
+        return [
+            jnp.clip(
+                pl.cdiv(ends_ref[row], page_size) - first_page(row) - block * plan.pages,
+                0,
+                jnp.where(group * plan.rows < num_rows, plan.pages, 0),
+            )
+            for row in rows_of(group)
+        ]
+
+    def starts_of(group, block, slot):
+        """For each row, what starts the copy of its `i`-th page of a block."""
+
+        def of_row(first, row):
+            base = row * pages_per_seq + first_page(row) + block * plan.pages
+
+            def start_page(i):
+                page = table_ref[base + i]
+                for fetch in fetches[slot]:
+                    fetch.start(page, first + i)
+
+            return start_page
+
+        return [of_row(i * plan.pages, row) for i, row in enumerate(rows_of(group))]
+
+    def start_live(group, block, slot):
+        counts = num_pages(group, block)
+        for start_page, count in zip(starts_of(group, block, slot), counts, strict=True):
+            rolled(count, start_page)
+
+    def work_off_group(i, count):
+        group = (step * plan.row_cores + place) * plan.groups_per_step + i
+        # This core's next one; with the last of a step, the first of its next step.
+        jump = (plan.row_cores - 1) * plan.groups_per_step
+        next_group = group + 1 + jnp.where(i + 1 == plan.groups_per_step, jump, 0)
+        rows = rows_of(group)
+        origins = [first_page(row) * page_size for row in rows]
+        lengths = [
+            ends_ref[row] - origin for row, origin in zip(rows, origins, strict=True)
+        ]
+        num_blocks = pl.cdiv(functools.reduce(jnp.maximum, lengths), block_size)
+        q = functools.partial(_queries, q_ref, i * plan.rows)
+
+        def after(block):
+            last = block + 1 >= num_blocks
+            return jnp.where(last, next_group, group), jnp.where(last, 0, block + 1)
+
+        def bounds_of(block):
+            """For each row, which of the block's tokens it sees."""
+            passed = block * block_size
+            return [
+                (
+                    starts_ref[row] - origin - passed if windowed else None,
+                    length - passed,
+                )
+                for row, origin, length in zip(rows, origins, lengths, strict=True)
+            ]
+
+        def is_steady(block):
+            """Whether all of a block is seen, and the next one is as full."""
+            whole = [
+                hi >= block_size if lo is None else (hi >= block_size) & (lo <= 0)
+                for lo, hi in bounds_of(block)
+            ]
+            full = [count == plan.pages for count in num_pages(*after(block))]
+            return functools.reduce(jnp.logical_and, whole + full)
+
+        def steady(slot, block, state):
+            for fetch in fetches[slot]:
+                fetch.wait_all()
+            # In one straight line with the computation, so that each start finds a place
+            # in an instruction that has none for its scalar unit.
+            for start_page in starts_of(*after(block), 1 - slot):
+                for i in range(plan.pages):
+                    start_page(i)
+            state = _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, None)
+            return is_steady(block + 1), state
+
+        def masked(slot, block, state):
+            start_live(*after(block), 1 - slot)
+            live = functools.reduce(jnp.add, num_pages(group, block))
+            for fetch in fetches[slot]:
+                fetch.wait(live)
+            bounds = bounds_of(block)
+            state = _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, bounds)
+            return is_steady(block + 1), state
+
+        def work_off_block(block, carry):
+            count, is_steady, state = carry
+            bodies = [
+                functools.partial(body, slot)
+                for body in (masked, steady)
+                for slot in (0, 1)
+            ]
+            kind = 2 * is_steady.astype(jnp.int32) + jax.lax.rem(count, 2)
+            return count + 1, *jax.lax.switch(kind, bodies, block, state)
+
+        count, _, state = jax.lax.fori_loop(
+            0, num_blocks, work_off_block, (count, is_steady(0), _empty(plan))
+        )
+        _finish(plan, state, i * plan.rows, out_ref, ml_ref)
+        return count
+
+    @pl.when(step == 0)
+    def _():
+        slot_ref[0] = 0
+        start_live(place * plan.groups_per_step, 0, 0)
+
+    slot_ref[0] = (
+        jax.lax.fori_loop(0, plan.groups_per_step, work_off_group, slot_ref[0]) % 2
+    )
+
+
+def _queries(q_ref, first, row, tile):
+    return q_ref[first + row, tile]
+
+
+def _empty(plan):
+    shape = (plan.queries, LANES)
+    acc = jnp.zeros((plan.queries, plan.lanes), jnp.float32)
+    empty = (jnp.full(shape, _HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
+    return (empty,) * (plan.rows * plan.tiles)
+
+
+def _attend(plan, cap, k_ref, v_ref, q, state, bounds):
+    """Adds a block to the state. First all scores, then each tile's softmax and values."""
+    parts = [(row, tile) for row in range(plan.rows) for tile in range(plan.tiles)]
+    dtype = q.args[0].dtype
+    scores = []
+    for row, tile in parts:
+        k = _side_by_side(plan, k_ref, row, tile, dtype)
+        if bounds is not None and plan.streams > 1:
+            # A token that was written may share its row of lanes with one that was not.
+            k = jnp.where(_written(plan, bounds[row], k.shape), k, jnp.zeros_like(k))
+        scores.append(_scores(cap, q(row, tile), k, plan.streamed if tile % 2 == 0 else 0))
+    softmaxes = []
+    for (row, _), s, (m, l, _) in zip(parts, scores, state, strict=True):
+        if bounds is not None:
+            s = jnp.where(_visible(plan, bounds[row], s.shape), s, _HIDDEN)
+        softmaxes.append(_softmax(s, m, l, dtype))
+    new = []
+    for (row, tile), (p, m, l, alpha), (_, _, acc) in zip(
+        parts, softmaxes, state, strict=True
+    ):
+        v = _side_by_side(plan, v_ref, row, tile, dtype)
+        if bounds is not None:
+            v = jnp.where(_written(plan, bounds[row], v.shape), v, jnp.zeros_like(v))
+        new.append((m, l, _scale(acc, alpha) + _own_lanes(plan, _dot(p, v, 0))))
+    return tuple(new)
+
+
+def _side_by_side(plan, ref, row, tile, dtype):
+    """The keys or values of a row and a tile's heads, `[page_rows, heads * lanes]`."""
+    parts = [
+        ref[pl.ds(row * plan.pages, plan.pages), tile * plan.heads + head]
+        .reshape(plan.pages * plan.page_rows, plan.lanes)
+        .astype(dtype)
+        for head in range(plan.heads)
+    ]
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _scores(cap, q, k, eighths):
+    """`[queries, rows]`. The unit that multiplies takes a matrix in by one port and
+    streams the other through by a second. Where pushing keys in is the bottleneck, part
+    of them is streamed instead, and the scores of these are turned."""
+    streamed = k.shape[0] * eighths // 8 // LANES * LANES
+    if streamed == 0:
+        scores = _dot(q, k, 1)
+    else:
+        padding = jnp.zeros((LANES - q.shape[0], q.shape[1]), q.dtype)
+        turned = _dot(k[:streamed], jnp.concatenate([q, padding], axis=0), 1)
+        pushed = _dot(q, k[streamed:], 1) if streamed < k.shape[0] else None
+        scores = turned.T[: q.shape[0]]
+        if pushed is not None:
+            scores = jnp.concatenate([scores, pushed], axis=1)
+    return scores if cap is None else cap * jnp.tanh(scores)
+
+
+def _dot(a, b, axis):
+    """Contracts the last axis of `a` with `axis` of `b`, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _visible(plan, bounds, shape):
+    row = iota(shape, 0)
+    stream = jax.lax.rem(row // plan.group, plan.streams) if plan.streams > 1 else 0
+    token = iota(shape, 1) * plan.streams + stream
+    return _within(token, bounds)
+
+
+def _written(plan, bounds, shape):
+    token = iota(shape, 0) * plan.streams
+    if plan.streams > 1:
+        token += jax.lax.rem(iota(shape, 1), plan.lanes) // plan.head_dim
+    return _within(token, bounds)
+
+
+def _within(token, bounds):
+    lo, hi = bounds
+    return (token < hi) if lo is None else (token >= lo) & (token < hi)
+
+
+def _softmax(s, m, l, dtype):
+    tiles = lane_tiles(s)
+    largest = functools.reduce(jnp.maximum, tiles)
+    largest = jnp.max(largest, axis=1, keepdims=True)
+    new_m = jnp.maximum(m, jnp.broadcast_to(largest, m.shape))
+    alpha = jnp.exp2(m - new_m)
+    ps = [jnp.exp2(tile - new_m) for tile in tiles]
+    p = jnp.concatenate([p.astype(dtype) for p in ps], axis=1)
+    return p, new_m, l * alpha + functools.reduce(jnp.add, ps), alpha
+
+
+def _scale(acc, alpha):
+    tiles = [tile * alpha for tile in lane_tiles(acc)]
+    return jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else tiles[0]
+
+
+def _own_lanes(plan, product):
+    """Of `[queries, heads * lanes]` each head's queries take that head's lanes."""
+    own = product[:, : plan.lanes]
+    row = iota(own.shape, 0)
+    for head in range(1, plan.heads):
+        here = row >= head * plan.streams * plan.group
+        at = head * plan.lanes
+        own = jnp.where(here, product[:, at : at + plan.lanes], own)
+    return own
+
+
+def _finish(plan, state, first, out_ref, ml_ref):
+    for part, (m, l, acc) in enumerate(state):
+        at = (first + part // plan.tiles, part % plan.tiles)
+        # A query that saw hidden keys only counted these.
+        l = jnp.where(m > _HIDDEN, l, 0.0)
+        total = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
+        out = _scale(acc, 1.0 / jnp.where(total > 0, total, 1.0))
+        out_ref[at] = out.astype(out_ref.dtype)
+        if ml_ref is not None:
+            ml_ref[at] = jnp.where(iota(m.shape, 1) == 0, m, total)
+
+
+# --- Launch
+
+
+def paged_attention(
+    q: Float[Array, "num_seqs num_heads head_dim"],
+    k_pages: Real[Array, "num_pages num_kv_heads rows lanes"],
+    v_pages: Real[Array, "num_pages num_kv_heads rows lanes"],
+    kv_lens: Int32[Array, " num_seqs"],
+    page_indices: Int32[Array, "num_seqs pages_per_seq"],
+    *,
+    sm_scale: float,
+    soft_cap: float | None,
+    sliding_window: int | None,
+    sinks: Float[Array, " num_heads"] | None,
+    k_scale: Float[Array, " num_kv_heads"] | None,
+    v_scale: Float[Array, " num_kv_heads"] | None,
+    return_residuals: bool,
+    interpret: Any,
+    config: TPUConfig | None,
+) -> tuple[Array, ...]:
+    chip = generation()
+    config = default_config(chip) if config is None else config
+    plan = plan_of(q, k_pages, page_indices.shape[1], config, chip)
+    order, unsorted = _orders(kv_lens, sliding_window)
+    padding = plan.num_calls * plan.rows_per_call - q.shape[0]
+    q_sorted, ends, table = (
+        jnp.pad(x[order], [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        for x in (q, kv_lens, page_indices)
+    )
+    starts = jnp.zeros_like(ends)
+    if sliding_window is not None:
+        starts = jnp.maximum(ends - sliding_window, 0)
+    # Logits in powers of two; under a cap, what tanh is applied to.
+    factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
+    dtype = jnp.promote_types(q.dtype, _float_of(k_pages.dtype))
+    tiles = _tiles_of_queries(plan, q_sorted, factor, k_scale).astype(dtype)
+    plain = plan.streams == 1 and v_scale is None and sinks is None
+    launch = functools.partial(
+        _launch,
+        plan,
+        values_of(k_pages),
+        values_of(v_pages),
+        cap=None if soft_cap is None else soft_cap * LOG2_E,
+        windowed=sliding_window is not None,
+        dtype=q.dtype if plain else jnp.float32,
+        with_ml=return_residuals or not plain,
+        interpret=interpret,
+    )
+    calls = [
+        launch(*(x[i : i + plan.rows_per_call] for x in (starts, ends, table, tiles)))
+        for i in range(0, len(ends), plan.rows_per_call)
+    ]
+    out, *ml = (jnp.concatenate(parts)[unsorted] for parts in zip(*calls, strict=True))
+    if not ml:
+        rows = plan.heads * plan.group
+        return (out[:, :, :rows, : plan.head_dim].reshape(q.shape),)
+    out, m, l = _merged(plan, out, ml[0], sinks)
+    if v_scale is not None:
+        out = out * jnp.repeat(v_scale, plan.group)[None, :, None]
+    return (out.astype(q.dtype), m, l) if return_residuals else (out.astype(q.dtype),)
+
+
+def _orders(kv_lens, sliding_window):
+    """From the longest row to the shortest, and back."""
+    seen = kv_lens if sliding_window is None else jnp.minimum(kv_lens, sliding_window)
+    order = jnp.argsort(-seen)
+    return order, jnp.argsort(order)
+
+
+def _float_of(dtype):
+    """What 8-bit keys and values are computed in."""
+    return (
+        dtype
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+        else jnp.bfloat16
+    )
+
+
+def _tiles_of_queries(plan, q, factor, k_scale):
+    """`[num_seqs, tiles, queries, heads * lanes]`: each query in the lanes of its head
+    and stream, and 0 elsewhere."""
+    num_seqs = q.shape[0]
+    q = q.astype(jnp.float32) * factor
+    q = q.reshape(num_seqs, -1, plan.group, plan.head_dim)
+    if k_scale is not None:
+        q = q * k_scale[None, :, None, None]
+    width = plan.lanes // plan.streams
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - plan.head_dim)))
+    q = q.reshape(num_seqs, -1, plan.heads, 1, plan.group, 1, 1, width)
+    own = jnp.eye(plan.heads)[:, None, :, None] * jnp.eye(plan.streams)[None, :, None, :]
+    q = q * own[None, None, :, :, None, :, :, None]
+    rows = plan.heads * plan.streams * plan.group
+    q = q.reshape(num_seqs, -1, rows, plan.heads * plan.lanes)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, plan.queries - rows), (0, 0)))
+
+
+def _merged(plan, out, ml, sinks):
+    """Output, largest logit and denominator of each query, its streams put together."""
+    num_seqs = out.shape[0]
+
+    def by_stream(x):  # [num_seqs, tiles * heads, streams, group, ...]
+        x = x[:, :, : plan.heads * plan.streams * plan.group]
+        return x.reshape(num_seqs, -1, plan.streams, plan.group, x.shape[-1])
+
+    def by_head(x):
+        return x.reshape(num_seqs, -1, *x.shape[3:])
+
+    out, m, l = by_stream(out), by_stream(ml)[..., 0], by_stream(ml)[..., 1]
+    width = plan.lanes // plan.streams
+    out = jnp.stack(
+        [
+            out[:, :, s, :, s * width : s * width + plan.head_dim]
+            for s in range(plan.streams)
+        ],
+        axis=2,
+    )
+    top = jnp.max(m, axis=2)
+    weights = l * jnp.exp2(m - top[:, :, None])
+    acc = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=2)
+    acc, m, l = by_head(acc), by_head(top / LOG2_E), by_head(jnp.sum(weights, axis=2))
+    return normalise(acc, m, l, None if sinks is None else sinks[None]), m, l
+
+
+def _launch(
+    plan,
+    k_pages,
+    v_pages,
+    starts,
+    ends,
+    table,
+    q,
+    *,
+    cap,
+    windowed,
+    dtype,
+    with_ml,
+    interpret,
+):
+    rows = plan.groups_per_step * plan.rows
+
+    def of_step(shape):
+        def block(core, step, *_):
+            place = core if plan.row_cores > 1 else 0
+            tile = core if plan.head_cores > 1 else 0
+            return step * plan.row_cores + place, tile, 0, 0
+
+        return pl.BlockSpec((rows, plan.tiles, *shape[2:]), block)
+
+    pool = pl.BlockSpec(memory_space=pl.ANY)
+    results = [jax.ShapeDtypeStruct((*q.shape[:3], plan.lanes), dtype)]
+    if with_ml:
+        results.append(jax.ShapeDtypeStruct((*q.shape[:3], LANES), jnp.float32))
+    buffer = (plan.rows * plan.pages, plan.num_kv_heads, plan.page_rows, plan.lanes)
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan, cap=cap, windowed=windowed),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(plan.row_cores * plan.head_cores, plan.steps),
+            in_specs=[of_step(q.shape), pool, pool],
+            out_specs=[of_step(result.shape) for result in results],
+            scratch_shapes=[
+                *[pltpu.VMEM(buffer, k_pages.dtype)] * 4,
+                pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.SMEM((1,), jnp.int32),
+            ],
+        ),
+        out_shape=results,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
+            disable_semaphore_checks=True,
+            vmem_limit_bytes=plan.vmem_bytes,
+        ),
+        interpret=interpret,
+        name="paged_attention",
+    )(starts, ends, table.reshape(-1), q, k_pages, v_pages)

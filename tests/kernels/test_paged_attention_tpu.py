@@ -1,0 +1,282 @@
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ..helpers import check_paged, fails_naming, head_values, OPTIONS, paged_case
+from ..tpu import (
+    both_dma_modes,
+    compile_for,
+    large_copies,
+    MODELS,
+    needs_libtpu,
+    races_of,
+    TOPOLOGIES,
+)
+
+
+def config(**options):
+    import eqx_paged
+
+    return eqx_paged.TPUConfig(**options)
+
+
+def small(page_size, head_dim):
+    """The smallest blocks there are: 128 rows of 128 lanes, or more."""
+    lanes = max(head_dim, 128)
+    rows = max(128, page_size * head_dim // lanes)
+    return config(pages_per_compute_block=rows * lanes // head_dim // page_size)
+
+
+def check(case, **options):
+    head_dim, (_, _, rows, lanes) = case.q.shape[2], case.k_pages.shape
+    case_config = small(rows * lanes // head_dim, head_dim)
+    how = dict(interpret=True, config=options.pop("config", case_config))
+    check_paged("paged_attention", case, "pallas_tpu", how=how, **options)
+
+
+# Around pages and blocks of 128 tokens, several blocks, idle rows between the others.
+LENS = (0, 1, 15, 16, 17, 0, 127, 128, 129, 300)
+
+
+@pytest.mark.parametrize("storage", ("f32", "u16"))
+def test_lengths_at_the_edges_of_pages_and_blocks(getkey, storage):
+    check(paged_case(getkey(), kv_lens=LENS, head_dim=128, storage=storage))
+
+
+@pytest.mark.parametrize(
+    "num_heads, num_kv_heads, head_dim, page_size, storage",
+    (
+        (8, 2, 64, 16, "u16-rows"),
+        (9, 3, 64, 32, "f32-rows"),
+        (7, 1, 128, 8, "f32"),
+        pytest.param(16, 1, 128, 32, "u16", marks=pytest.mark.slow),
+        pytest.param(2, 2, 256, 16, "f32", marks=pytest.mark.slow),
+        pytest.param(4, 4, 128, 128, "u16", marks=pytest.mark.slow),
+        pytest.param(6, 2, 128, 64, "f32", marks=pytest.mark.slow),
+    ),
+)
+def test_shapes_of_heads_and_pages(
+    getkey, num_heads, num_kv_heads, head_dim, page_size, storage
+):
+    case = paged_case(
+        getkey(),
+        kv_lens=(17, 0, 270, 1, 129),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        storage=storage,
+    )
+    check(case)
+
+
+IN_SHORT = ("everything", "residuals, window, soft cap, scales")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIONS
+        if name != "plain"
+    ],
+)
+def test_options(getkey, name):
+    options = OPTIONS[name](4, 2)
+    window = options.get("sliding_window")
+    case = paged_case(
+        getkey(), kv_lens=(5, 0, 150, 16), head_dim=128, sliding_window=window
+    )
+    check(case, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sliding_window", (1, 128, 129, 200, 1000))
+def test_windows_at_the_edges_of_pages_and_blocks(getkey, sliding_window):
+    case = paged_case(getkey(), kv_lens=LENS, head_dim=128, sliding_window=sliding_window)
+    check(case, sliding_window=sliding_window)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(inline_seq_dim=False),
+        pytest.param(dict(megacore_mode="batch"), marks=pytest.mark.slow),
+        pytest.param(
+            dict(megacore_mode="batch", inline_seq_dim=False), marks=pytest.mark.slow
+        ),
+        pytest.param(dict(megacore_mode="kv_head"), marks=pytest.mark.slow),
+        dict(megacore_mode="kv_head", inline_seq_dim=False),
+    ),
+    ids=str,
+)
+def test_ways_to_share_out_the_work(getkey, options):
+    case = paged_case(getkey(), kv_lens=(17, 0, 200, 1, 129), head_dim=128)
+    check(case, config=config(pages_per_compute_block=8, **options))
+
+
+@pytest.mark.slow
+def test_contexts_of_thousands_of_tokens_by_the_chosen_plan(getkey):
+    case = paged_case(getkey(), kv_lens=(4096, 513, 4000, 0, 512), head_dim=128)
+    check(case, config=None)
+
+
+def test_eight_bits_a_number(getkey):
+    import eqx_paged
+
+    case = paged_case(getkey(), kv_lens=(40, 1, 130), head_dim=128, page_size=32)
+    values = np.random.default_rng(0).integers(-127, 128, (2, *case.k_pages.shape))
+    scales = dict(k_scale=jnp.asarray(head_values(2)) / 127, v_scale=1 / 127)
+    q, _, _, kv_lens, page_indices = case.decode_args
+    args = (q.astype(jnp.bfloat16), *jnp.asarray(values, jnp.int8), kv_lens, page_indices)
+    attend = ft.partial(eqx_paged.paged_attention, **scales)
+    out = attend(*args, implementation="pallas_tpu", interpret=True, config=small(32, 128))
+    exact = (q.astype(jnp.bfloat16).astype(jnp.float32), *args[1:])
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), attend(*exact, implementation="xla"), atol=1e-2
+    )
+
+
+RACED = dict(kv_lens=(5, 0, 40, 33), num_heads=2, num_kv_heads=2, head_dim=128)
+
+
+@both_dma_modes
+def test_no_access_races(getkey, dma_execution_mode):
+    import eqx_paged
+
+    case = paged_case(getkey(), **RACED, page_size=16)
+    attend = ft.partial(eqx_paged.paged_attention, *case.decode_args, config=small(16, 128))
+    out, found = races_of(
+        lambda mode: attend(implementation="pallas_tpu", interpret=mode), dma_execution_mode
+    )
+    assert not found
+    np.testing.assert_allclose(out, attend(implementation="xla"), atol=2e-5)
+
+
+@both_dma_modes
+def test_a_wait_that_is_left_out_is_found(getkey, monkeypatch, dma_execution_mode):
+    import eqx_paged
+    from eqx_paged.kernels import _tpu
+
+    monkeypatch.setattr(_tpu.PageFetch, "wait", lambda fetch, count: None)
+    case = paged_case(getkey(), **RACED, page_size=16)
+    jax.clear_caches()
+    attend = ft.partial(eqx_paged.paged_attention, *case.decode_args, config=small(16, 128))
+    out, found = races_of(
+        lambda mode: attend(implementation="pallas_tpu", interpret=mode), dma_execution_mode
+    )
+    jax.clear_caches()
+    if dma_execution_mode == "eager":
+        assert found
+    else:  # a copy that is made when it is waited for is not made at all
+        assert not np.allclose(out, attend(implementation="xla"), atol=2e-5)
+
+
+# --- What the compiler says
+
+
+def decode_shapes(model, page_size, dtype, num_seqs=8, max_len=1024):
+    import eqx_paged
+
+    num_heads, num_kv_heads, head_dim = MODELS[model]
+    pages = jax.eval_shape(
+        lambda: eqx_paged.KVPages.empty(
+            num_pages=num_seqs * max_len // page_size,
+            page_size=page_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
+    ).k_pages
+    pool = jax.ShapeDtypeStruct(pages.shape, dtype)
+    q_dtype = jnp.float32 if dtype == "float32" else jnp.bfloat16
+    return (
+        jax.ShapeDtypeStruct((num_seqs, num_heads, head_dim), q_dtype),
+        pool,
+        pool,
+        jax.ShapeDtypeStruct((num_seqs,), jnp.int32),
+        jax.ShapeDtypeStruct((num_seqs, max_len // page_size), jnp.int32),
+    )
+
+
+GRID = [
+    pytest.param(
+        model,
+        page_size,
+        dtype,
+        generation,
+        marks=() if i % 12 == 5 else pytest.mark.slow,
+    )
+    for i, (model, page_size, dtype, generation) in enumerate(
+        (model, page_size, dtype, generation)
+        for model in MODELS
+        for page_size in (16, 128)
+        for dtype in ("bfloat16", "float32", "int8")
+        for generation in TOPOLOGIES
+    )
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("model, page_size, dtype, generation", GRID)
+def test_it_compiles_and_copies_no_pool(model, page_size, dtype, generation):
+    import eqx_paged
+
+    shapes = decode_shapes(model, page_size, dtype)
+    attend = ft.partial(eqx_paged.paged_attention, implementation="pallas_tpu")
+    compiled = compile_for(generation, attend, shapes)
+    assert "tpu_custom_call" in compiled.as_text()
+    assert not large_copies(compiled, least=np.prod(shapes[1].shape))
+
+
+@needs_libtpu
+def test_it_is_what_runs_on_a_tpu_by_itself():
+    import eqx_paged
+
+    shapes = decode_shapes("8b", 16, "bfloat16")
+    assert (
+        "tpu_custom_call" in compile_for("7x", eqx_paged.paged_attention, shapes).as_text()
+    )
+    # Pages of 16 lanes are no tiles of a TPU.
+    q, pool, _, *rest = shapes
+    q = jax.ShapeDtypeStruct((8, 32, 48), q.dtype)
+    pool = jax.ShapeDtypeStruct((*pool.shape[:3], 48), pool.dtype)
+    plain = compile_for("7x", eqx_paged.paged_attention, (q, pool, pool, *rest))
+    assert "tpu_custom_call" not in plain.as_text()
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "options, generation, words",
+    (
+        (dict(megacore_mode="batch"), "7x", ("batch", "7x")),
+        (dict(megacore_mode="kv_head"), "v5p", ("3", "2")),
+        (dict(pages_per_compute_block=3), "v4", ("3", "128")),
+        (dict(pages_per_compute_block=4096), "v4", ("4096", "VMEM")),
+    ),
+    ids=str,
+)
+def test_a_config_that_cannot_work_is_refused_before_compiling(options, generation, words):
+    import eqx_paged
+
+    shapes = decode_shapes("135m", 16, "bfloat16")
+    attend = ft.partial(
+        eqx_paged.paged_attention, implementation="pallas_tpu", config=config(**options)
+    )
+    with fails_naming(words):
+        compile_for(generation, attend, shapes)
+
+
+def test_no_gradient_goes_through_it(getkey):
+    import eqx_paged
+
+    q, *rest = paged_case(getkey(), kv_lens=(3,), head_dim=128).decode_args
+
+    def loss(q, **options):
+        return jnp.sum(eqx_paged.paged_attention(q, *rest, **options))
+
+    with pytest.raises(NotImplementedError, match="no gradient as 'pallas_tpu'"):
+        jax.grad(loss)(q, implementation="pallas_tpu", interpret=True)
+    assert np.all(np.isfinite(jax.grad(loss)(q)))
