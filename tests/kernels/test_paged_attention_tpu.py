@@ -73,6 +73,14 @@ def test_shapes_of_heads_and_pages(
     check(case)
 
 
+def test_queries_of_another_dtype_are_multiplied_in_float32(getkey):
+    case = paged_case(
+        getkey(), kv_lens=(20, 1), head_dim=128, storage="u16", q_dtype="float32"
+    )
+    case.dtype = "float32"
+    check(case)
+
+
 IN_SHORT = ("everything", "residuals, window, soft cap, scales")
 
 
@@ -239,12 +247,13 @@ def test_it_is_what_runs_on_a_tpu_by_itself():
     assert (
         "tpu_custom_call" in compile_for("7x", eqx_paged.paged_attention, shapes).as_text()
     )
-    # Pages of 16 lanes are no tiles of a TPU.
+    # Pages of 48 lanes are no tiles of a TPU, and float16 is no dtype of it.
     q, pool, _, *rest = shapes
-    q = jax.ShapeDtypeStruct((8, 32, 48), q.dtype)
-    pool = jax.ShapeDtypeStruct((*pool.shape[:3], 48), pool.dtype)
-    plain = compile_for("7x", eqx_paged.paged_attention, (q, pool, pool, *rest))
-    assert "tpu_custom_call" not in plain.as_text()
+    for head_dim, dtype in ((48, "bfloat16"), (128, "float16")):
+        q = jax.ShapeDtypeStruct((8, 32, head_dim), dtype)
+        pool = jax.ShapeDtypeStruct((*pool.shape[:3], head_dim), dtype)
+        plain = compile_for("7x", eqx_paged.paged_attention, (q, pool, pool, *rest))
+        assert "tpu_custom_call" not in plain.as_text()
 
 
 @needs_libtpu

@@ -172,7 +172,7 @@ def _traced_once(
     operands, *, mask_value, return_residuals, implementation, interpret, config, **options
 ):
     num_results = 3 if return_residuals else 1
-    pages = (operands[name] for name in ("k_pages", "v_pages", "page_indices"))
+    arrays = (operands[name] for name in ("q", "k_pages", "v_pages", "page_indices"))
     kernel = choose(
         "paged_attention",
         implementation,
@@ -189,7 +189,7 @@ def _traced_once(
             ),
         },
         results=attention_results(operands["q"], num_results),
-        unsupported={"pallas_tpu": pallas_tpu.unsupported(*pages)},
+        unsupported={"pallas_tpu": pallas_tpu.unsupported(*arrays)},
         interpret=interpret,
     )
     kernel = differentiable(

@@ -46,8 +46,12 @@ _HIDDEN = -1e30
 # --- Limits
 
 
-def unsupported(k_pages: Array, v_pages: Array, page_indices: Array) -> str | None:
+def unsupported(
+    q: Array, k_pages: Array, v_pages: Array, page_indices: Array
+) -> str | None:
     """Why this kernel cannot run, or None."""
+    if jnp.float16 in (q.dtype, k_pages.dtype):
+        return "a TPU does not compute with float16"
     lanes = k_pages.shape[3]
     if lanes % LANES != 0:
         return f"its pages must have a multiple of {LANES} lanes, not {lanes}"
@@ -530,7 +534,8 @@ def paged_attention(
         starts = jnp.maximum(ends - sliding_window, 0)
     # Logits in powers of two; under a cap, what tanh is applied to.
     factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
-    dtype = jnp.promote_types(q.dtype, _float_of(k_pages.dtype))
+    kept = _float_of(values_of(k_pages).dtype)
+    dtype = kept if q.dtype == kept else jnp.float32
     tiles = _tiles_of_queries(plan, q_sorted, factor, k_scale).astype(dtype)
     plain = plan.streams == 1 and v_scale is None and sinks is None
     launch = functools.partial(
