@@ -50,7 +50,7 @@ def test_lengths_at_the_edges_of_pages_and_blocks(getkey, storage):
     "num_heads, num_kv_heads, head_dim, page_size, storage",
     (
         (8, 2, 64, 16, "u16-rows"),
-        (9, 3, 64, 32, "f32-rows"),
+        pytest.param(9, 3, 64, 32, "f32-rows", marks=pytest.mark.slow),
         (7, 1, 128, 8, "f32"),
         pytest.param(16, 1, 128, 32, "u16", marks=pytest.mark.slow),
         pytest.param(2, 2, 256, 16, "f32", marks=pytest.mark.slow),
@@ -111,7 +111,7 @@ def test_windows_at_the_edges_of_pages_and_blocks(getkey, sliding_window):
 @pytest.mark.parametrize(
     "options",
     (
-        dict(inline_seq_dim=False),
+        pytest.param(dict(inline_seq_dim=False), marks=pytest.mark.slow),
         pytest.param(dict(megacore_mode="batch"), marks=pytest.mark.slow),
         pytest.param(
             dict(megacore_mode="batch", inline_seq_dim=False), marks=pytest.mark.slow
@@ -215,7 +215,7 @@ GRID = [
         page_size,
         dtype,
         generation,
-        marks=() if i % 12 == 5 else pytest.mark.slow,
+        marks=() if i % 26 == 5 else pytest.mark.slow,
     )
     for i, (model, page_size, dtype, generation) in enumerate(
         (model, page_size, dtype, generation)
