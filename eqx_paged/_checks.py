@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ._results import RESULTS
+from .kernels._arguments import check_array
 
 
 def check_page_size(page_size: int) -> None:
@@ -43,11 +44,6 @@ def check_per_row(name: str, counts: Array, num_seqs: int) -> None:
             f"{name} must be int32 of shape {(num_seqs,)}, one count a row, but is "
             f"{counts.dtype} of shape {counts.shape}."
         )
-
-
-def check_array(name: str, array: object) -> None:
-    if not hasattr(array, "dtype"):
-        raise ValueError(f"{name} must be an array, but is {array!r}.")
 
 
 def check_mask(rows: Array, num_seqs: int) -> None:

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from ._batch import RaggedBatch, row_of_token
 from ._cache import PagedKVCache
-from ._checks import check_array, check_int, check_positive
+from ._checks import check_int, check_positive
 from ._ragged_cache import RaggedKVCache
 from ._results import RESULTS
+from .kernels._arguments import check_array
 
 
 Cache = PagedKVCache | RaggedKVCache
@@ -308,23 +309,25 @@ def _check_prompts(prompts, prompt_lens, num_seqs):
         )
     if max_prompt_len < 1:
         raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
-    for name, array in (("prompts", prompts), ("prompt_lens", prompt_lens)):
-        if not np.can_cast(array.dtype, np.int32):
-            _check_int32(name, array)
+    _check_int32("prompts", prompts)
+    _check_int32("prompt_lens", prompt_lens)
 
 
 def _check_stop_tokens(tokens):
-    array = jnp.asarray(tokens) if _is_traced(tokens) else np.asarray(tokens)
+    array = tokens
+    if not hasattr(tokens, "dtype"):
+        array = (jnp if _is_traced(tokens) else np).asarray(tokens)
     integers = array.size == 0 or jnp.issubdtype(array.dtype, jnp.integer)
     if array.ndim != 1 or not integers:
         raise ValueError(f"stop_tokens must be a list of integers, but is {tokens!r}.")
-    _check_int32("stop_tokens", tokens)
+    _check_int32("stop_tokens", array)
 
 
-def _check_int32(name, tokens):
-    if _is_traced(tokens):
+def _check_int32(name, array):
+    # An array of int32 on a device stays there.
+    if np.can_cast(array.dtype, np.int32) or _is_traced(array):
         return
-    array = np.asarray(tokens)
+    array = np.asarray(array)
     int32 = np.iinfo(np.int32)
     if array.size and not int32.min <= array.min() <= array.max() <= int32.max:
         raise ValueError(

@@ -15,9 +15,13 @@ def check_equal(name_a: str, a: int, name_b: str, b: int) -> None:
         raise ValueError(f"{name_a} is {a} but {name_b} is {b}; they must be equal.")
 
 
-def check_rank(name: str, array: Any, rank: int) -> None:
-    if not hasattr(array, "ndim"):
+def check_array(name: str, array: object) -> None:
+    if not hasattr(array, "dtype"):
         raise ValueError(f"{name} must be an array, but is {array!r}.")
+
+
+def check_rank(name: str, array: Any, rank: int) -> None:
+    check_array(name, array)
     if array.ndim != rank:
         raise ValueError(f"{name} must have {rank} axes, but its shape is {array.shape}.")
 

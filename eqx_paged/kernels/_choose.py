@@ -63,19 +63,20 @@ def choose(
             if name in kernels and unsupported.get(name) is None
         }
         return _by_platform(able, kernels["xla"], results) if able else kernels["xla"]
-    if implementation == "xla" or (interpret and implementation in kernels):
-        if unsupported.get(implementation) is None:
-            return kernels[implementation]
+    able = {}
     has = f"it has {', '.join(repr(name) for name in kernels)}."
     if implementation not in kernels:
         reason = f"{op} has no implementation {implementation!r}; {has}"
-        return _by_platform({}, _refusal(reason), results)
-    if (why := unsupported.get(implementation)) is not None:
+    elif (why := unsupported.get(implementation)) is not None:
         reason = f"{op} cannot run as {implementation!r}: {why}; {has}"
-        return _by_platform({}, _refusal(reason), results)
-    platform = PLATFORMS[implementation]
-    reason = f"{implementation!r} runs on {platform!r}, or with interpret=True; {op}: {has}"
-    able = {platform: kernels[implementation]}
+    elif implementation == "xla" or interpret:
+        return kernels[implementation]
+    else:
+        platform = PLATFORMS[implementation]
+        reason = (
+            f"{implementation!r} runs on {platform!r}, or with interpret=True; {op}: {has}"
+        )
+        able[platform] = kernels[implementation]
     return _by_platform(able, _refusal(reason), results)
 
 

@@ -91,12 +91,12 @@ class Plan(NamedTuple):
 
     @property
     def streams(self) -> int:
-        return self.lanes // self.head_dim if self.head_dim < self.lanes else 1
+        return self.lanes // self.head_dim
 
     @property
     def queries(self) -> int:
         """Rows of a tile: `[heads, streams, group]`, padded."""
-        return -(-self.heads * self.streams * self.group // SUBLANES) * SUBLANES
+        return _whole_tiles(self.heads * self.streams * self.group)
 
     @property
     def tiles(self) -> int:
@@ -129,7 +129,7 @@ def plan_of(
     _, num_kv_heads, page_rows, lanes = k_pages.shape
     row_cores, head_cores = cores_of(config, chip, num_kv_heads)
     group, num_kv_heads = num_heads // num_kv_heads, num_kv_heads // head_cores
-    streams = lanes // head_dim if head_dim < lanes else 1
+    streams = lanes // head_dim
     heads = _heads_of_tile(num_kv_heads, group * streams, lanes)
     tiles = num_kv_heads // heads
     # Several softmaxes at once hide each other's latency: those of a row's heads, and
@@ -152,8 +152,8 @@ def plan_of(
             f"{lanes} lanes, which must be a multiple of {LANES}."
         )
     # Queries and results of a step, which the pipeline holds twice.
-    tile_rows = -(-heads * streams * group // SUBLANES) * SUBLANES
-    group_bytes = 2 * rows * tiles * tile_rows * lanes * (heads * q.dtype.itemsize + 8)
+    queries = _whole_tiles(heads * streams * group)
+    group_bytes = 2 * rows * tiles * queries * lanes * (heads * q.dtype.itemsize + 8)
     fitting = max(1, chip.vmem_bytes // 8 // group_bytes)
     needed = pages * page_rows * row_bytes + group_bytes
     limit = chip.vmem_bytes * 7 // 8
@@ -199,6 +199,10 @@ def cores_of(config: TPUConfig, chip: Generation, num_kv_heads: int) -> tuple[in
             f"{chip.num_cores} cores, which does not divide them."
         )
     return 1, chip.num_cores
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // SUBLANES) * SUBLANES
 
 
 def _heads_of_tile(num_kv_heads: int, rows: int, lanes: int) -> int:
