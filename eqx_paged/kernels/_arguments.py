@@ -59,11 +59,12 @@ def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
             raise ValueError(f"{name} must be at least 1, but is 0.")
     check_stored(k_pages=k_pages, v_pages=v_pages)
     lanes = k_pages.shape[3]
-    in_rows = lanes == LANES and head_dim > 0 and LANES % head_dim == 0
-    if lanes != head_dim and not in_rows:
+    in_rows = lanes == LANES and LANES % head_dim == 0
+    padded = lanes == -(-head_dim // LANES) * LANES
+    if lanes != head_dim and not in_rows and not padded:
         raise ValueError(
             f"The last axis of k_pages is {lanes} but head_dim is {head_dim}. It must be "
-            f"head_dim, or {LANES} where head_dim divides {LANES}."
+            f"head_dim, or head_dim rounded up to a multiple of {LANES}."
         )
 
 

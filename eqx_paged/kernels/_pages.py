@@ -3,6 +3,8 @@
 Plain     [num_pages, num_kv_heads, page_size, head_dim]
 Rows      [num_pages, num_kv_heads, page_size / n, 128] with n = 128 / head_dim: the same
           numbers in the same order, n consecutive tokens side by side in a row.
+Padded    [num_pages, num_kv_heads, page_size, lanes]: `head_dim` rounded up to a multiple
+          of 128, the rest zeros; for a TPU, where there are no rows.
 
 A TPU tile is 128 lanes wide, so a smaller `head_dim` stored plainly would be copied whole
 at every kernel call. Rows cost nothing on a CPU or GPU: they are a reshape.
@@ -24,11 +26,10 @@ def storage_shape(
     num_pages: int, num_kv_heads: int, page_size: int, head_dim: int
 ) -> tuple[int, int, int, int]:
     """The stored shape of a layer's keys or values."""
-    tokens_per_row = LANES // head_dim if LANES % head_dim == 0 else 1
-    if page_size % tokens_per_row != 0:
-        tokens_per_row = 1
-    rows = page_size // tokens_per_row
-    return (num_pages, num_kv_heads, rows, head_dim * tokens_per_row)
+    tokens = LANES // head_dim if LANES % head_dim == 0 else 1
+    if page_size % tokens != 0:
+        tokens = 1
+    return (num_pages, num_kv_heads, page_size // tokens, head_dim * tokens)
 
 
 def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -44,18 +45,33 @@ def value_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if dtype == jnp.uint16 else dtype)
 
 
+def tokens_per_row(lanes: int, head_dim: int) -> int:
+    """The number of tokens side by side in a stored row of lanes."""
+    return LANES // head_dim if lanes == LANES and LANES % head_dim == 0 else 1
+
+
+def padded(
+    values: Real[Array, "*shape head_dim"], lanes: int
+) -> Real[Array, "*shape width"]:
+    """Values with zeros in the lanes that a stored token has beyond its own."""
+    width = lanes // tokens_per_row(lanes, values.shape[-1])
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
+
+
 def page_size_of(
     pages: Real[Array, "num_pages num_kv_heads rows lanes"], head_dim: int
 ) -> int:
-    """The number of tokens of a page, in either form."""
-    return pages.shape[2] * pages.shape[3] // head_dim
+    """The number of tokens of a page, in any form."""
+    return pages.shape[2] * tokens_per_row(pages.shape[3], head_dim)
 
 
 def unpack(
     pages: Real[Array, "*pages rows lanes"], head_dim: int
 ) -> Real[Array, "*pages page_size head_dim"]:
     """Stored pages as values, one token a row."""
-    return values_of(pages).reshape(*pages.shape[:-2], -1, head_dim)
+    tokens = tokens_per_row(pages.shape[-1], head_dim)
+    values = values_of(pages).reshape(*pages.shape[:-2], -1, pages.shape[-1] // tokens)
+    return values[..., :head_dim]
 
 
 def values_of(stored: Real[Array, "*shape"]) -> Real[Array, "*shape"]:

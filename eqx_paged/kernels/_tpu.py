@@ -95,22 +95,28 @@ class PageFetch:
         pltpu.make_async_copy(self.source(page), self.buffer.at[i], self.semaphore).start()
 
     def wait_all(self) -> None:
-        self._wait(self.buffer)
+        _wait(self.buffer, self.semaphore)
 
     def wait(self, count: Any) -> None:
-        """In pieces of a power of two, since a copy's size must be static."""
-        piece = 1
-        while piece <= self.buffer.shape[0]:
+        wait_for(self.buffer, self.semaphore, count)
 
-            @pl.when(count & piece != 0)
-            def _(piece=piece):
-                self._wait(self.buffer.at[pl.ds(0, piece)])
 
-            piece *= 2
+def wait_for(buffer: Any, semaphore: Any, count: Any) -> None:
+    """Waits for copies of `count <= buffer.shape[0]` entries of a buffer, to it or from it;
+    in pieces of a power of two, since a copy's size must be static."""
+    piece = 1
+    while piece <= buffer.shape[0]:
 
-    def _wait(self, ref: Any) -> None:
-        # Only the size of a copy that is waited for matters.
-        pltpu.make_async_copy(ref, ref, self.semaphore).wait()
+        @pl.when(count & piece != 0)
+        def _(piece=piece):
+            _wait(buffer.at[pl.ds(0, piece)], semaphore)
+
+        piece *= 2
+
+
+def _wait(ref: Any, semaphore: Any) -> None:
+    # Only the size of a copy that is waited for matters.
+    pltpu.make_async_copy(ref, ref, semaphore).wait()
 
 
 def rolled(count: Any, step: Callable[[Any], None], unroll: int = 8) -> None:

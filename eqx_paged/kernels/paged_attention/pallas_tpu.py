@@ -24,12 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from .._online_softmax import normalise
-from .._pages import LANES, values_of
+from .._pages import LANES, tokens_per_row, values_of
 from .._tpu import (
     Generation,
     generation,
     iota,
-    lane_tiles,
     LOG2_E,
     PageFetch,
     rolled,
@@ -37,10 +36,16 @@ from .._tpu import (
     SUBLANES,
     TPUConfig,
 )
-
-
-# What `m` starts from, and what a hidden logit is: finite, so that no difference is NaN.
-_HIDDEN = -1e30
+from .._tpu_decode import (
+    add_softmax,
+    dot,
+    finished,
+    float_of,
+    HIDDEN,
+    scale,
+    scores_of,
+    within,
+)
 
 
 # --- Limits
@@ -91,7 +96,7 @@ class Plan(NamedTuple):
 
     @property
     def streams(self) -> int:
-        return self.lanes // self.head_dim
+        return tokens_per_row(self.lanes, self.head_dim)
 
     @property
     def queries(self) -> int:
@@ -129,7 +134,7 @@ def plan_of(
     _, num_kv_heads, page_rows, lanes = k_pages.shape
     row_cores, head_cores = cores_of(config, chip, num_kv_heads)
     group, num_kv_heads = num_heads // num_kv_heads, num_kv_heads // head_cores
-    streams = lanes // head_dim
+    streams = tokens_per_row(lanes, head_dim)
     heads = _heads_of_tile(num_kv_heads, group * streams, lanes)
     tiles = num_kv_heads // heads
     # Several softmaxes at once hide each other's latency: those of a row's heads, and
@@ -375,7 +380,7 @@ def _queries(q_ref, first, row, tile):
 def _empty(plan):
     shape = (plan.queries, LANES)
     acc = jnp.zeros((plan.queries, plan.lanes), jnp.float32)
-    empty = (jnp.full(shape, _HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
+    empty = (jnp.full(shape, HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
     return (empty,) * (plan.rows * plan.tiles)
 
 
@@ -389,12 +394,14 @@ def _attend(plan, cap, k_ref, v_ref, q, state, bounds):
         if bounds is not None and plan.streams > 1:
             # A token that was written may share its row of lanes with one that was not.
             k = jnp.where(_written(plan, bounds[row], k.shape), k, jnp.zeros_like(k))
-        scores.append(_scores(cap, q(row, tile), k, plan.streamed if tile % 2 == 0 else 0))
+        scores.append(
+            scores_of(cap, q(row, tile), k, plan.streamed if tile % 2 == 0 else 0)
+        )
     softmaxes = []
     for (row, _), s, (m, l, _) in zip(parts, scores, state, strict=True):
         if bounds is not None:
-            s = jnp.where(_visible(plan, bounds[row], s.shape), s, _HIDDEN)
-        softmaxes.append(_softmax(s, m, l, dtype))
+            s = jnp.where(_visible(plan, bounds[row], s.shape), s, HIDDEN)
+        softmaxes.append(add_softmax(s, m, l, dtype))
     new = []
     for (row, tile), (p, m, l, alpha), (_, _, acc) in zip(
         parts, softmaxes, state, strict=True
@@ -402,7 +409,7 @@ def _attend(plan, cap, k_ref, v_ref, q, state, bounds):
         v = _side_by_side(plan, v_ref, row, tile, dtype)
         if bounds is not None:
             v = jnp.where(_written(plan, bounds[row], v.shape), v, jnp.zeros_like(v))
-        new.append((m, l, _scale(acc, alpha) + _own_lanes(plan, _dot(p, v, 0))))
+        new.append((m, l, scale(acc, alpha) + _own_lanes(plan, dot(p, v, 0))))
     return tuple(new)
 
 
@@ -417,68 +424,18 @@ def _side_by_side(plan, ref, row, tile, dtype):
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _scores(cap, q, k, eighths):
-    """`[queries, rows]`. The unit that multiplies takes a matrix in by one port and
-    streams the other through by a second. Where pushing keys in is the bottleneck, part
-    of them is streamed instead, and the scores of these are turned."""
-    streamed = k.shape[0] * eighths // 8 // LANES * LANES
-    if streamed == 0:
-        scores = _dot(q, k, 1)
-    else:
-        padding = jnp.zeros((LANES - q.shape[0], q.shape[1]), q.dtype)
-        turned = _dot(k[:streamed], jnp.concatenate([q, padding], axis=0), 1)
-        pushed = _dot(q, k[streamed:], 1) if streamed < k.shape[0] else None
-        scores = turned.T[: q.shape[0]]
-        if pushed is not None:
-            scores = jnp.concatenate([scores, pushed], axis=1)
-    return scores if cap is None else cap * jnp.tanh(scores)
-
-
-def _dot(a, b, axis):
-    """Contracts the last axis of `a` with `axis` of `b`, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((1,), (axis,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _visible(plan, bounds, shape):
     row = iota(shape, 0)
     stream = jax.lax.rem(row // plan.group, plan.streams) if plan.streams > 1 else 0
     token = iota(shape, 1) * plan.streams + stream
-    return _within(token, bounds)
+    return within(token, bounds)
 
 
 def _written(plan, bounds, shape):
     token = iota(shape, 0) * plan.streams
     if plan.streams > 1:
         token += jax.lax.rem(iota(shape, 1), plan.lanes) // plan.head_dim
-    return _within(token, bounds)
-
-
-def _within(token, bounds):
-    lo, hi = bounds
-    return (token < hi) if lo is None else (token >= lo) & (token < hi)
-
-
-def _softmax(s, m, l, dtype):
-    tiles = lane_tiles(s)
-    largest = functools.reduce(jnp.maximum, tiles)
-    largest = jnp.max(largest, axis=1, keepdims=True)
-    new_m = jnp.maximum(m, jnp.broadcast_to(largest, m.shape))
-    alpha = jnp.exp2(m - new_m)
-    ps = [jnp.exp2(tile - new_m) for tile in tiles]
-    p = jnp.concatenate([p.astype(dtype) for p in ps], axis=1)
-    return p, new_m, l * alpha + functools.reduce(jnp.add, ps), alpha
-
-
-def _scale(acc, alpha):
-    tiles = [tile * alpha for tile in lane_tiles(acc)]
-    return jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else tiles[0]
+    return within(token, bounds)
 
 
 def _own_lanes(plan, product):
@@ -495,13 +452,10 @@ def _own_lanes(plan, product):
 def _finish(plan, state, first, out_ref, ml_ref):
     for part, (m, l, acc) in enumerate(state):
         at = (first + part // plan.tiles, part % plan.tiles)
-        # A query that saw hidden keys only counted these.
-        l = jnp.where(m > _HIDDEN, l, 0.0)
-        total = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
-        out = _scale(acc, 1.0 / jnp.where(total > 0, total, 1.0))
+        out, ml = finished(m, l, acc)
         out_ref[at] = out.astype(out_ref.dtype)
         if ml_ref is not None:
-            ml_ref[at] = jnp.where(iota(m.shape, 1) == 0, m, total)
+            ml_ref[at] = ml
 
 
 # --- Launch
@@ -538,7 +492,7 @@ def paged_attention(
         starts = jnp.maximum(ends - sliding_window, 0)
     # Logits in powers of two; under a cap, what tanh is applied to.
     factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
-    kept = _float_of(values_of(k_pages).dtype)
+    kept = float_of(values_of(k_pages).dtype)
     dtype = kept if q.dtype == kept else jnp.float32
     tiles = _tiles_of_queries(plan, q_sorted, factor, k_scale).astype(dtype)
     plain = plan.streams == 1 and v_scale is None and sinks is None
@@ -572,15 +526,6 @@ def _orders(kv_lens, sliding_window):
     seen = kv_lens if sliding_window is None else jnp.minimum(kv_lens, sliding_window)
     order = jnp.argsort(-seen)
     return order, jnp.argsort(order)
-
-
-def _float_of(dtype):
-    """What 8-bit keys and values are computed in."""
-    return (
-        dtype
-        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
-        else jnp.bfloat16
-    )
 
 
 def _tiles_of_queries(plan, q, factor, k_scale):

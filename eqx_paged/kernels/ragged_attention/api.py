@@ -4,14 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
 from .._choose import attention_results, check_implementation, choose
-from .._gradient import with_gradient_of
+from .._gradient import differentiable, with_gradient_of
 from .._online_softmax import DEFAULT_MASK_VALUE
-from . import reference, xla
+from .._tpu import TPUConfig
+from . import pallas_tpu, reference, xla
 
 
 def ragged_gqa(
@@ -30,6 +32,8 @@ def ragged_gqa(
     v_scale: Scale | None = None,
     mask_value: float = DEFAULT_MASK_VALUE,
     implementation: Implementation | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    config: TPUConfig | None = None,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -46,8 +50,13 @@ def ragged_gqa(
     - `k`, `v`: a buffer a row. uint16 is read as the bits of bfloat16.
     - `lengths`, `starts`: a row attends to positions `starts <= i < lengths` of its buffer;
         both count from the buffer's beginning. An empty window gives 0.
-    - `block_size`: how many positions are worked on at a time. Blocks outside every row's
-        window are not read.
+    - `block_size`: how many positions are read at a time. Blocks outside every row's
+        window are not read; on a TPU, none outside a row's own.
+    - `implementation`: `"xla"`, `"pallas_tpu"`, or None to let the platform decide.
+    - `interpret`: runs the kernel that `implementation` names on a CPU: True, or
+        `InterpretParams`, which can look for races.
+    - `config`: how the TPU kernel divides its work, for measuring; its "pages" are blocks
+        of `block_size`. None chooses.
     - the other options: as in [`eqx_paged.paged_attention`][].
 
     **Returns:**
@@ -91,7 +100,7 @@ def ragged_gqa(
     )
     if type(block_size) is not int or block_size < 1:
         raise ValueError(f"block_size must be an int of at least 1, but is {block_size!r}.")
-    check_implementation(implementation)
+    check_implementation(implementation, interpret)
     operands = dict(
         q=q,
         k=k,
@@ -110,6 +119,8 @@ def ragged_gqa(
         sliding_window=sliding_window,
         mask_value=mask_value,
         implementation=implementation,
+        interpret=interpret,
+        config=config,
     )
 
 
@@ -129,6 +140,8 @@ def ragged_mha(
     v_scale: Scale | None = None,
     mask_value: float = DEFAULT_MASK_VALUE,
     implementation: Implementation | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    config: TPUConfig | None = None,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -167,6 +180,8 @@ def ragged_mha(
         v_scale=v_scale,
         mask_value=mask_value,
         implementation=implementation,
+        interpret=interpret,
+        config=config,
     )
 
 
@@ -186,6 +201,8 @@ def ragged_mqa(
     v_scale: Scale | None = None,
     mask_value: float = DEFAULT_MASK_VALUE,
     implementation: Implementation | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    config: TPUConfig | None = None,
 ) -> tuple[
     Float[Array, "num_seqs num_heads head_dim"],
     Float[Array, "num_seqs num_heads"],
@@ -223,6 +240,8 @@ def ragged_mqa(
         v_scale=v_scale,
         mask_value=mask_value,
         implementation=implementation,
+        interpret=interpret,
+        config=config,
     )
 
 
@@ -236,15 +255,40 @@ def ragged_mqa(
         "sliding_window",
         "mask_value",
         "implementation",
+        "interpret",
+        "config",
     ),
 )
-def _traced_once(operands, *, implementation, block_size, mask_value, **options):
-    kernel = with_gradient_of(
-        lambda operands: reference.ragged_gqa(**operands, **options),
-        lambda operands: xla.ragged_gqa(**operands, **options, block_size=block_size),
+def _traced_once(
+    operands, *, mask_value, implementation, interpret, config, block_size, **options
+):
+    kernel = choose(
+        "ragged_gqa",
+        implementation,
+        {
+            "xla": lambda operands: xla.ragged_gqa(
+                **operands, **options, block_size=block_size
+            ),
+            "pallas_tpu": lambda operands: pallas_tpu.ragged_gqa(
+                **operands,
+                **options,
+                block_size=block_size,
+                interpret=interpret,
+                config=config,
+            ),
+        },
+        results=attention_results(operands["q"]),
+        unsupported={
+            "pallas_tpu": pallas_tpu.unsupported(*(operands[name] for name in "kv"))
+        },
+        interpret=interpret,
     )
-    results = attention_results(operands["q"])
-    kernel = choose("ragged_gqa", implementation, {"xla": kernel}, results=results)
+    kernel = differentiable(
+        "ragged_gqa",
+        implementation,
+        kernel,
+        lambda operands: reference.ragged_gqa(**operands, **options),
+    )
     out, m, l = kernel(operands)
     return out, jnp.where(l == 0, mask_value, m), l
 

@@ -3,12 +3,15 @@
 import functools
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation
 from .. import _arguments as arguments
 from .._choose import check_implementation, choose
-from . import xla
+from .._gradient import differentiable
+from .._tpu import TPUConfig
+from . import pallas_tpu, xla
 
 
 def write_kv(
@@ -19,6 +22,8 @@ def write_kv(
     slots: Int32[Array, " num_tokens"],
     *,
     implementation: Implementation | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    config: TPUConfig | None = None,
 ) -> tuple[
     Real[Array, "num_pages num_kv_heads rows lanes"],
     Real[Array, "num_pages num_kv_heads rows lanes"],
@@ -26,18 +31,24 @@ def write_kv(
     """Stores one key and one value a token.
 
     In place where the pages were donated to the program, or are the program's own.
-    Differentiable, but not through uint16, which is the bits of numbers and not numbers.
+    Differentiable (reverse mode), but not through uint16, which is the bits of numbers and
+    not numbers.
 
     **Arguments:**
 
     - `k_pages`, `v_pages`: the stored keys and values, in either form of
         [`eqx_paged.paged_attention`][], of a floating-point dtype or uint16 for the bits
-        of bfloat16.
+        of bfloat16. Where `head_dim` is stored rounded up to a multiple of 128, the lanes
+        beyond it become 0.
     - `k`, `v`: the new entries, in token order; rounded to the stored dtype.
     - `slots`: where each one goes, as `page * page_size + offset`. A slot past the last
         page is padding and is dropped. Negative slots, and two tokens for one slot, are
         not allowed.
-    - `implementation`: `"xla"`, or None to let the platform decide.
+    - `implementation`: `"xla"`, `"pallas_tpu"` (which has no gradient), or None to let the
+        platform decide.
+    - `interpret`: runs a Pallas kernel without its device, slowly, to test it.
+    - `config`: for measuring: `pages_per_compute_block` says how many tiles a TPU reads or
+        writes together.
 
     **Returns:**
 
@@ -59,15 +70,35 @@ def write_kv(
     arguments.check_indices(slots=slots)
     arguments.check_floating(k=k, v=v)
     arguments.check_writable(k_pages=k_pages, v_pages=v_pages)
-    check_implementation(implementation)
+    check_implementation(implementation, interpret)
     operands = dict(k_pages=k_pages, v_pages=v_pages, k=k, v=v, slots=slots)
-    return _traced_once(operands, implementation=implementation)
+    return _traced_once(
+        operands, implementation=implementation, interpret=interpret, config=config
+    )
 
 
 # Behind one `jit`, so that a model of equal layers traces it once.
-@functools.partial(jax.jit, static_argnames="implementation")
-def _traced_once(operands, *, implementation):
-    kernels = {"xla": lambda operands: xla.write_kv(**operands)}
-    pages = [operands["k_pages"], operands["v_pages"]]
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages]
-    return choose("write_kv", implementation, kernels, results=results)(operands)
+@functools.partial(jax.jit, static_argnames=("implementation", "interpret", "config"))
+def _traced_once(operands, *, implementation, interpret, config):
+    k_pages, v_pages = operands["k_pages"], operands["v_pages"]
+    head_dim = operands["k"].shape[2]
+
+    def by_xla(operands):
+        return xla.write_kv(**operands)
+
+    kernel = choose(
+        "write_kv",
+        implementation,
+        {
+            "xla": by_xla,
+            "pallas_tpu": lambda operands: pallas_tpu.write_kv(
+                **operands, interpret=interpret, config=config
+            ),
+        },
+        results=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_pages, v_pages)],
+        unsupported={"pallas_tpu": pallas_tpu.unsupported(k_pages, v_pages, head_dim)},
+        interpret=interpret,
+    )
+    if implementation == "xla":  # which has a gradient of its own, forward mode too
+        return kernel(operands)
+    return differentiable("write_kv", implementation, kernel, by_xla)(operands)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._pages import pack, page_size_of
+from .._pages import pack, padded, page_size_of, tokens_per_row
 
 
 def write_kv(
@@ -19,12 +19,14 @@ def write_kv(
 ]:
     """As [`eqx_paged.write_kv`][], one token after another."""
     num_pages, _, _, lanes = k_pages.shape
-    head_dim = k.shape[2]
-    page_size = page_size_of(k_pages, head_dim)
+    tokens = tokens_per_row(lanes, k.shape[2])
+    page_size = page_size_of(k_pages, k.shape[2])
+    k, v = padded(k, lanes), padded(v, lanes)
 
     def write_token(t, pages):
         page, offset = jnp.divmod(slots[t], page_size)
-        row, lane = jnp.divmod(offset * head_dim, lanes)
+        row, place = jnp.divmod(offset, tokens)
+        lane = place * (lanes // tokens)
 
         def write(stored, new):
             new = pack(new[t], stored.dtype)[None, :, None]

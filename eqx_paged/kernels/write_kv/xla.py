@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._pages import pack, page_size_of
+from .._pages import pack, padded, page_size_of
 
 
 def write_kv(
@@ -20,10 +20,10 @@ def write_kv(
 
 
 def _write(pages, values, slots):
-    head_dim = values.shape[2]
-    page_size = page_size_of(pages, head_dim)
+    page_size = page_size_of(pages, values.shape[2])
+    values = padded(values, pages.shape[3])
     page, offset = jnp.divmod(slots, page_size)
     # A reshape of rows into tokens is free here, and lets one index name a token.
-    tokens = pages.reshape(*pages.shape[:2], page_size, head_dim)
+    tokens = pages.reshape(*pages.shape[:2], page_size, values.shape[2])
     tokens = tokens.at[page, :, offset].set(pack(values, pages.dtype), mode="drop")
     return tokens.reshape(pages.shape)

@@ -1,0 +1,81 @@
+"""Attention of few queries to a block of keys: what the TPU decode kernels share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ._pages import LANES
+from ._tpu import iota, lane_tiles
+
+
+# What `m` starts from, and what a hidden logit is: finite, so that no difference is NaN.
+HIDDEN = -1e30
+
+
+def scores_of(cap, q, k, eighths):
+    """`[queries, rows]`. The unit that multiplies takes a matrix in by one port and
+    streams the other through by a second. Where pushing keys in is the bottleneck, part
+    of them is streamed instead, and the scores of these are turned."""
+    streamed = k.shape[0] * eighths // 8 // LANES * LANES
+    if streamed == 0:
+        scores = dot(q, k, 1)
+    else:
+        padding = jnp.zeros((LANES - q.shape[0], q.shape[1]), q.dtype)
+        turned = dot(k[:streamed], jnp.concatenate([q, padding], axis=0), 1)
+        pushed = dot(q, k[streamed:], 1) if streamed < k.shape[0] else None
+        scores = turned.T[: q.shape[0]]
+        if pushed is not None:
+            scores = jnp.concatenate([scores, pushed], axis=1)
+    return scores if cap is None else cap * jnp.tanh(scores)
+
+
+def dot(a, b, axis):
+    """Contracts the last axis of `a` with `axis` of `b`, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def within(token, bounds):
+    lo, hi = bounds
+    return (token < hi) if lo is None else (token >= lo) & (token < hi)
+
+
+def add_softmax(s, m, l, dtype):
+    tiles = lane_tiles(s)
+    largest = functools.reduce(jnp.maximum, tiles)
+    largest = jnp.max(largest, axis=1, keepdims=True)
+    new_m = jnp.maximum(m, jnp.broadcast_to(largest, m.shape))
+    alpha = jnp.exp2(m - new_m)
+    ps = [jnp.exp2(tile - new_m) for tile in tiles]
+    p = jnp.concatenate([p.astype(dtype) for p in ps], axis=1)
+    return p, new_m, l * alpha + functools.reduce(jnp.add, ps), alpha
+
+
+def scale(acc, alpha):
+    tiles = [tile * alpha for tile in lane_tiles(acc)]
+    return jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else tiles[0]
+
+
+def finished(m, l, acc):
+    """The output, and the largest logit in lane 0 with the denominator in the others."""
+    # A query that saw hidden keys only counted these.
+    l = jnp.where(m > HIDDEN, l, 0.0)
+    total = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
+    out = scale(acc, 1.0 / jnp.where(total > 0, total, 1.0))
+    return out, jnp.where(iota(m.shape, 1) == 0, m, total)
+
+
+def float_of(dtype):
+    """What 8-bit keys and values are computed in."""
+    return (
+        dtype
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+        else jnp.bfloat16
+    )
