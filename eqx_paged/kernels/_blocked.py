@@ -40,9 +40,9 @@ def split_rows(
     cu_q_lens: Int32[Array, " num_seqs_plus_one"],
     num_seqs: Int32[Array, ""],
     *,
-    decode: Callable[[Array, Array], Results],
-    prefill: Callable[[Array, Array], Results],
-) -> Results:
+    decode: Callable[[Array, Array], tuple[Array, ...]],
+    prefill: Callable[[Array, Array], tuple[Array, ...]],
+) -> tuple[Array, ...]:
     """Sends rows of one token to `decode` and longer ones to `prefill`.
 
     Neither pays for the other: `decode(queries, kv_lens)` has length 0 for the longer
@@ -55,11 +55,10 @@ def split_rows(
     token = jnp.where(in_decode, q_starts, q.shape[0])
     prefilled = prefill(q_starts, jnp.where(in_decode, 0, q_lens))
     decoded = decode(q.at[token].get(mode="clip"), jnp.where(in_decode, kv_lens, 0))
-    out, m, l = (
+    return tuple(
         whole.at[token].set(part, mode="drop")
         for whole, part in zip(prefilled, decoded, strict=True)
     )
-    return out, m, l
 
 
 def blocked_attention(

@@ -25,6 +25,8 @@ class TPUConfig:
 
     - `pages_per_compute_block`: how many pages of a row are fetched and worked on at a
         time; None chooses.
+    - `num_queries_per_block`: how many tokens of a longer row are worked on together; None
+        chooses.
     - `inline_seq_dim`: whether one step of the grid works off as many rows as fit; if not,
         each group of rows that is worked on together is a step.
     - `megacore_mode`: what the two cores of a TPU v4 or v5p share out: the rows
@@ -32,6 +34,7 @@ class TPUConfig:
     """
 
     pages_per_compute_block: int | None = None
+    num_queries_per_block: int | None = None
     inline_seq_dim: bool = True
     megacore_mode: Literal["batch", "kv_head"] | None = None
 

@@ -36,7 +36,7 @@ from .._tpu import (
     SUBLANES,
     TPUConfig,
 )
-from .._tpu_decode import (
+from .._tpu_attend import (
     add_softmax,
     dot,
     finished,

@@ -39,7 +39,7 @@ from .._tpu import (
     SUBLANES,
     TPUConfig,
 )
-from .._tpu_decode import add_softmax, dot, finished, HIDDEN, scale, scores_of, within
+from .._tpu_attend import add_softmax, dot, finished, HIDDEN, scale, scores_of, within
 from .cost import mha_cost_estimate
 
 

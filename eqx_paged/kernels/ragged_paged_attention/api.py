@@ -4,15 +4,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
 from .._choose import attention_results, check_implementation, choose
-from .._gradient import with_gradient_of
+from .._gradient import differentiable
 from .._online_softmax import DEFAULT_MASK_VALUE
+from .._tpu import TPUConfig
 from ..paged_attention.api import check_arguments
-from . import reference, xla
+from . import pallas_tpu, reference, xla
 
 
 def ragged_paged_attention(
@@ -33,6 +35,8 @@ def ragged_paged_attention(
     mask_value: float = DEFAULT_MASK_VALUE,
     return_residuals: bool = False,
     implementation: Implementation | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    config: TPUConfig | None = None,
 ) -> (
     Float[Array, "num_tokens num_heads head_dim"]
     | tuple[
@@ -93,7 +97,7 @@ def ragged_paged_attention(
         mask_value=mask_value,
         return_residuals=return_residuals,
     )
-    check_implementation(implementation)
+    check_implementation(implementation, interpret)
     operands = dict(
         q=q,
         k_pages=k_pages,
@@ -106,15 +110,18 @@ def ragged_paged_attention(
         k_scale=arguments.scale_per_head("k_scale", k_scale, k_pages.shape[1]),
         v_scale=arguments.scale_per_head("v_scale", v_scale, k_pages.shape[1]),
     )
-    out, m, l = _traced_once(
+    results = _traced_once(
         operands,
         sm_scale=arguments.sm_scale_or_default(sm_scale, q.shape[2]),
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         mask_value=mask_value,
+        return_residuals=return_residuals,
         implementation=implementation,
+        interpret=interpret,
+        config=config,
     )
-    return (out, m, l) if return_residuals else out
+    return results if return_residuals else results[0]
 
 
 # Behind one `jit`, so that a model of equal layers traces it once.
@@ -125,21 +132,46 @@ def ragged_paged_attention(
         "soft_cap",
         "sliding_window",
         "mask_value",
+        "return_residuals",
         "implementation",
+        "interpret",
+        "config",
     ),
 )
-def _traced_once(operands, *, implementation, mask_value, **options):
-    kernel = with_gradient_of(
-        lambda operands: reference.ragged_paged_attention(
-            **operands, **options, return_residuals=True
-        ),
-        lambda operands: xla.ragged_paged_attention(**operands, **options),
-    )
+def _traced_once(
+    operands, *, mask_value, return_residuals, implementation, interpret, config, **options
+):
+    num_results = 3 if return_residuals else 1
+    arrays = (operands[name] for name in ("q", "k_pages", "v_pages", "page_indices"))
     kernel = choose(
         "ragged_paged_attention",
         implementation,
-        {"xla": kernel},
-        results=attention_results(operands["q"]),
+        {
+            "xla": lambda operands: xla.ragged_paged_attention(**operands, **options)[
+                :num_results
+            ],
+            "pallas_tpu": lambda operands: pallas_tpu.ragged_paged_attention(
+                **operands,
+                **options,
+                return_residuals=return_residuals,
+                interpret=interpret,
+                config=config,
+            ),
+        },
+        results=attention_results(operands["q"], num_results),
+        unsupported={"pallas_tpu": pallas_tpu.unsupported(*arrays)},
+        interpret=interpret,
     )
-    out, m, l = kernel(operands)
+    kernel = differentiable(
+        "ragged_paged_attention",
+        implementation,
+        kernel,
+        lambda operands: reference.ragged_paged_attention(
+            **operands, **options, return_residuals=True
+        )[:num_results],
+    )
+    out, *residuals = kernel(operands)
+    if not residuals:
+        return (out,)
+    m, l = residuals
     return out, jnp.where(l == 0, mask_value, m), l

@@ -1,4 +1,4 @@
-"""Attention of few queries to a block of keys: what the TPU decode kernels share."""
+"""Attention of queries to a block of keys: what the TPU kernels share."""
 
 import functools
 
