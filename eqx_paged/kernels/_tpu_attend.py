@@ -47,6 +47,14 @@ def within(token, bounds):
     return (token < hi) if lo is None else (token >= lo) & (token < hi)
 
 
+def clear(state):
+    """No keys seen: `m`, `l` and `acc` of any queries."""
+    m_ref, l_ref, acc_ref = state
+    m_ref[...] = jnp.full(m_ref.shape, HIDDEN, jnp.float32)
+    l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+    acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+
+
 def add_softmax(s, m, l, dtype):
     tiles = lane_tiles(s)
     largest = functools.reduce(jnp.maximum, tiles)

@@ -38,6 +38,7 @@ from .._tpu import (
 )
 from .._tpu_attend import (
     add_softmax,
+    clear,
     dot,
     finished,
     float_of,
@@ -232,8 +233,10 @@ def _kernel(
     cap: float | None,
     windowed: bool,
 ):
-    ml_ref = refs[0] if len(refs) == 7 else None  # as out_ref: lane 0 is m, the others l
-    k0, k1, v0, v1, semaphores, slot_ref = refs[-6:]
+    # As out_ref: lane 0 is m, the others l.
+    *ml_ref, k0, k1, v0, v1, m_ref, l_ref, acc_ref, semaphores, slot_ref = refs
+    ml_ref = ml_ref[0] if ml_ref else None
+    state = (m_ref, l_ref, acc_ref)
     core, step = pl.program_id(0), pl.program_id(1)
     # A core's place among those that share the rows, and its heads.
     place = core if plan.row_cores > 1 else 0
@@ -290,7 +293,7 @@ def _kernel(
         for start_page, count in zip(starts_of(group, block, slot), counts, strict=True):
             rolled(count, start_page)
 
-    def work_off_group(i, count):
+    def work_off_group(i, slot):
         group = (step * plan.row_cores + place) * plan.groups_per_step + i
         # This core's next one; with the last of a step, the first of its next step.
         jump = (plan.row_cores - 1) * plan.groups_per_step
@@ -300,6 +303,7 @@ def _kernel(
         lengths = [
             ends_ref[row] - origin for row, origin in zip(rows, origins, strict=True)
         ]
+        pages_of_rows = [pl.cdiv(length, page_size) for length in lengths]
         num_blocks = pl.cdiv(functools.reduce(jnp.maximum, lengths), block_size)
         q = functools.partial(_queries, q_ref, i * plan.rows)
 
@@ -318,16 +322,21 @@ def _kernel(
                 for row, origin, length in zip(rows, origins, lengths, strict=True)
             ]
 
-        def is_steady(block):
-            """Whether all of a block is seen, and the next one is as full."""
-            whole = [
-                hi >= block_size if lo is None else (hi >= block_size) & (lo <= 0)
-                for lo, hi in bounds_of(block)
-            ]
-            full = [count == plan.pages for count in num_pages(*after(block))]
-            return functools.reduce(jnp.logical_and, whole + full)
+        # The blocks of which all rows see all, while the next one is as full.
+        steady_from = jnp.int32(0)
+        if windowed:
+            hidden = [lo > 0 for lo, _ in bounds_of(0)]
+            steady_from = functools.reduce(jnp.logical_or, hidden).astype(jnp.int32)
+        num_whole = functools.reduce(jnp.minimum, lengths) // block_size
+        num_full = functools.reduce(jnp.minimum, pages_of_rows) // plan.pages
+        is_next_full = [count == plan.pages for count in num_pages(next_group, 0)]
+        steady_to = jnp.where(
+            functools.reduce(jnp.logical_and, [num_whole == num_blocks, *is_next_full]),
+            num_blocks,
+            jnp.minimum(num_whole, num_full - 1),
+        )
 
-        def steady(slot, block, state):
+        def steady(slot, block):
             for fetch in fetches[slot]:
                 fetch.wait_all()
             # In one straight line with the computation, so that each start finds a place
@@ -335,57 +344,63 @@ def _kernel(
             for start_page in starts_of(*after(block), 1 - slot):
                 for i in range(plan.pages):
                     start_page(i)
-            state = _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, None)
-            return is_steady(block + 1), state
+            _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, None)
 
-        def masked(slot, block, state):
+        def masked(slot, block):
             start_live(*after(block), 1 - slot)
             live = functools.reduce(jnp.add, num_pages(group, block))
             for fetch in fetches[slot]:
                 fetch.wait(live)
             bounds = bounds_of(block)
-            state = _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, bounds)
-            return is_steady(block + 1), state
+            _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, bounds)
 
-        def work_off_block(block, carry):
-            count, is_steady, state = carry
-            bodies = [
-                functools.partial(body, slot)
-                for body in (masked, steady)
-                for slot in (0, 1)
-            ]
-            kind = 2 * is_steady.astype(jnp.int32) + jax.lax.rem(count, 2)
-            return count + 1, *jax.lax.switch(kind, bodies, block, state)
+        bodies = [
+            functools.partial(body, slot) for body in (masked, steady) for slot in (0, 1)
+        ]
 
-        count, _, state = jax.lax.fori_loop(
-            0, num_blocks, work_off_block, (count, is_steady(0), _empty(plan))
+        def work_off_blocks(place):
+            """As many pairs of steady blocks as there are, and then one block more."""
+            block, slot = place
+            pairs = jnp.where(block < steady_from, 0, (steady_to - block) // 2)
+            pairs = jnp.where(slot == 0, jnp.maximum(pairs, 0), 0)
+
+            def work_off_pair(i, _):
+                for slot in (0, 1):
+                    steady(slot, block + 2 * i + slot)
+                return 0
+
+            jax.lax.fori_loop(0, pairs, work_off_pair, 0)
+            block = block + 2 * pairs
+
+            @pl.when(block < num_blocks)
+            def _():
+                is_steady = (block >= steady_from) & (block < steady_to)
+                jax.lax.switch(2 * is_steady.astype(jnp.int32) + slot, bodies, block)
+
+            return block + 1, jnp.where(block < num_blocks, 1 - slot, slot)
+
+        clear(state)
+        _, slot = jax.lax.while_loop(
+            lambda place: place[0] < num_blocks, work_off_blocks, (jnp.int32(0), slot)
         )
         _finish(plan, state, i * plan.rows, out_ref, ml_ref)
-        return count
+        return slot
 
     @pl.when(step == 0)
     def _():
         slot_ref[0] = 0
         start_live(place * plan.groups_per_step, 0, 0)
 
-    slot_ref[0] = (
-        jax.lax.fori_loop(0, plan.groups_per_step, work_off_group, slot_ref[0]) % 2
-    )
+    slot_ref[0] = jax.lax.fori_loop(0, plan.groups_per_step, work_off_group, slot_ref[0])
 
 
 def _queries(q_ref, first, row, tile):
     return q_ref[first + row, tile]
 
 
-def _empty(plan):
-    shape = (plan.queries, LANES)
-    acc = jnp.zeros((plan.queries, plan.lanes), jnp.float32)
-    empty = (jnp.full(shape, HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
-    return (empty,) * (plan.rows * plan.tiles)
-
-
 def _attend(plan, cap, k_ref, v_ref, q, state, bounds):
     """Adds a block to the state. First all scores, then each tile's softmax and values."""
+    m_ref, l_ref, acc_ref = state
     parts = [(row, tile) for row in range(plan.rows) for tile in range(plan.tiles)]
     dtype = q.args[0].dtype
     scores = []
@@ -398,19 +413,17 @@ def _attend(plan, cap, k_ref, v_ref, q, state, bounds):
             scores_of(cap, q(row, tile), k, plan.streamed if tile % 2 == 0 else 0)
         )
     softmaxes = []
-    for (row, _), s, (m, l, _) in zip(parts, scores, state, strict=True):
+    for part, ((row, _), s) in enumerate(zip(parts, scores, strict=True)):
         if bounds is not None:
             s = jnp.where(_visible(plan, bounds[row], s.shape), s, HIDDEN)
-        softmaxes.append(add_softmax(s, m, l, dtype))
-    new = []
-    for (row, tile), (p, m, l, alpha), (_, _, acc) in zip(
-        parts, softmaxes, state, strict=True
-    ):
+        p, m_ref[part], l_ref[part], alpha = add_softmax(s, m_ref[part], l_ref[part], dtype)
+        softmaxes.append((p, alpha))
+    for part, ((row, tile), (p, alpha)) in enumerate(zip(parts, softmaxes, strict=True)):
         v = _side_by_side(plan, v_ref, row, tile, dtype)
         if bounds is not None:
             v = jnp.where(_written(plan, bounds[row], v.shape), v, jnp.zeros_like(v))
-        new.append((m, l, scale(acc, alpha) + _own_lanes(plan, dot(p, v, 0))))
-    return tuple(new)
+        own = _own_lanes(plan, dot(p, v, 0))
+        acc_ref[part] = scale(acc_ref[part], alpha) + own
 
 
 def _side_by_side(plan, ref, row, tile, dtype):
@@ -450,9 +463,9 @@ def _own_lanes(plan, product):
 
 
 def _finish(plan, state, first, out_ref, ml_ref):
-    for part, (m, l, acc) in enumerate(state):
+    for part in range(plan.rows * plan.tiles):
         at = (first + part // plan.tiles, part % plan.tiles)
-        out, ml = finished(m, l, acc)
+        out, ml = finished(*(ref[part] for ref in state))
         out_ref[at] = out.astype(out_ref.dtype)
         if ml_ref is not None:
             ml_ref[at] = ml
@@ -602,6 +615,7 @@ def _launch(
     results = [jax.ShapeDtypeStruct((*q.shape[:3], plan.lanes), dtype)]
     if with_ml:
         results.append(jax.ShapeDtypeStruct((*q.shape[:3], LANES), jnp.float32))
+    state = (plan.rows * plan.tiles, plan.queries)
     buffer = (plan.rows * plan.pages, plan.num_kv_heads, plan.page_rows, plan.lanes)
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan, cap=cap, windowed=windowed),
@@ -612,6 +626,8 @@ def _launch(
             out_specs=[of_step(result.shape) for result in results],
             scratch_shapes=[
                 *[pltpu.VMEM(buffer, k_pages.dtype)] * 4,
+                *[pltpu.VMEM((*state, LANES), jnp.float32)] * 2,
+                pltpu.VMEM((*state, plan.lanes), jnp.float32),
                 pltpu.SemaphoreType.DMA((2, 2)),
                 pltpu.SMEM((1,), jnp.int32),
             ],

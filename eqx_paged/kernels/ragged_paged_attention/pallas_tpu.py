@@ -28,8 +28,8 @@ from jaxtyping import Array, Float, Int32, Real
 from .._blocked import Results, split_rows
 from .._online_softmax import merge_residuals, normalise
 from .._pages import LANES, tokens_per_row, values_of
-from .._tpu import generation, Generation, iota, LOG2_E, PageFetch, rolled, TPUConfig
-from .._tpu_attend import add_softmax, dot, finished, float_of, HIDDEN, scale, within
+from .._tpu import Generation, generation, iota, LOG2_E, PageFetch, rolled, TPUConfig
+from .._tpu_attend import add_softmax, clear, dot, finished, float_of, HIDDEN, scale, within
 from ..paged_attention import pallas_tpu as decode_tpu
 
 
@@ -344,10 +344,8 @@ def _kernel(
             jax.lax.switch(2 * kind + jax.lax.rem(count, 2), bodies, block)
             return count + 1
 
-        _clear(plan, state)
-        slot_ref[0] = (
-            jax.lax.fori_loop(0, item.num_blocks, work_off_block, slot_ref[0]) % 2
-        )
+        clear(state)
+        slot_ref[0] = jax.lax.fori_loop(0, item.num_blocks, work_off_block, slot_ref[0]) % 2
         _finish(plan, state, item, out_ref, ml_ref)
 
     index = first_item + step
@@ -394,13 +392,6 @@ class _Hidden(NamedTuple):
         if plan.streams > 1:
             token += iota(shape, 1) // plan.head_dim
         return ~within(token, (item.seen_from, item.seen_to))
-
-
-def _clear(plan, state):
-    m_ref, l_ref, acc_ref = state
-    m_ref[...] = jnp.full(m_ref.shape, HIDDEN, jnp.float32)
-    l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
-    acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
 
 class _Unit(NamedTuple):
@@ -591,9 +582,7 @@ def _prefill(
     after = token >= q_starts[None]
     exists = jnp.any(after & (token < (q_starts + q_lens)[None]), axis=1)
     results = (out.astype(q.dtype), *ml)[: 3 if return_residuals else 1]
-    return tuple(
-        jnp.where(exists.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in results
-    )
+    return tuple(jnp.where(exists.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in results)
 
 
 def default_config(num_kv_heads: int, chip: Generation) -> TPUConfig:
