@@ -20,8 +20,8 @@ class KVPages(eqx.Module):
     Which sequence a page serves is recorded in [`eqx_paged.PageTable`][], not here.
 
     The arrays are `[num_pages, num_kv_heads, page_size, head_dim]`; or, where `head_dim`
-    divides 128, the same numbers in rows of 128 lanes. On a CPU bfloat16 is stored as its
-    bits, in uint16.
+    divides 128, the same numbers in rows of 128 lanes. On a TPU any other `head_dim` is
+    rounded up to a multiple of 128; on a CPU bfloat16 is stored as its bits, in uint16.
     """
 
     k_pages: Real[Array, "num_pages num_kv_heads rows lanes"]

@@ -18,7 +18,7 @@ import safetensors.numpy
 from ._kv_pages import KVPages
 from ._page_table import PageTable
 from ._results import RESULTS
-from .kernels._pages import value_dtype
+from .kernels._pages import lanes_per_token, value_dtype
 
 
 FORMAT = "eqx_paged rows 1"
@@ -156,8 +156,8 @@ def _live_slots(kv_lens, used, page_size):
 
 def _to_file(pages, layer, live):
     # Slots past the end may hold what another sequence left there.
-    plain = (len(pages), layer.num_kv_heads, layer.page_size, layer.head_dim)
-    values = np.asarray(pages).view(value_dtype(pages.dtype)).reshape(plain)
+    stored = np.asarray(pages).view(value_dtype(pages.dtype))
+    values = stored.reshape(_shape_of_tokens(len(pages), layer))[..., : layer.head_dim]
     dead = np.arange(layer.page_size) >= live[:, None]
     return np.where(dead[:, None, :, None], np.zeros((), values.dtype), values)
 
@@ -166,14 +166,22 @@ def _from_file(path, tensors, name, layer, num_pages):
     values = tensors[name]
     stored = layer.k_pages if name.endswith("k") else layer.v_pages
     dtype = value_dtype(stored.dtype)
-    plain = (num_pages, layer.num_kv_heads, layer.page_size, layer.head_dim)
+    shape = _shape_of_tokens(num_pages, layer)
+    plain = (*shape[:3], layer.head_dim)
     if values.shape != plain or values.dtype != dtype:
         raise ValueError(
             f"{name} of {path} is {values.dtype}{list(values.shape)}, but this cache needs "
             f"{dtype}{list(plain)}."
         )
-    pages = values.reshape(num_pages, *stored.shape[1:])
+    pages = np.zeros(shape, dtype)
+    pages[..., : layer.head_dim] = values
+    pages = pages.reshape(num_pages, *stored.shape[1:])
     return jax.device_put(pages.view(np.dtype(stored.dtype)))
+
+
+def _shape_of_tokens(num_pages, layer):
+    lanes = lanes_per_token(layer.k_pages.shape[3], layer.head_dim)
+    return num_pages, layer.num_kv_heads, layer.page_size, lanes
 
 
 def _check_names(path, tensors, num_layers):

@@ -13,17 +13,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ._tpu_chips import CHIPS
 
 
-def compile_for(
-    generation: str, function: Callable, args: Any, donate: tuple[int, ...] = ()
-) -> jax.stages.Compiled:
-    """`function` for one chip of a generation, by the real compiler."""
+def chips_of(generation: str) -> np.ndarray:
+    """The devices of a small topology, to be compiled for."""
     # The first is for the loading of libtpu, and the second allows several processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=CHIPS[generation].topology
     )
-    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    return np.array(topology.devices)
+
+
+def compile_for(
+    generation: str, function: Callable, args: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
+    """`function` for one chip of a generation, by the real compiler."""
+    mesh = Mesh(chips_of(generation)[:1], ("chip",))
     sharding = NamedSharding(mesh, PartitionSpec())
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in args]
     # The mesh in scope says which TPU is lowered for.

@@ -15,6 +15,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+# For the tests of sharding; other programs run on the first.
+jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

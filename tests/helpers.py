@@ -99,6 +99,8 @@ STORAGE = {
     "bf16-rows": ("bfloat16", "rows"),
     "u16": ("uint16", "plain"),
     "u16-rows": ("uint16", "rows"),
+    "f32-padded": ("float32", "padded"),
+    "bf16-padded": ("bfloat16", "padded"),
 }
 
 
@@ -113,6 +115,10 @@ def store(pool, storage):
     pool = np.ascontiguousarray(pool.astype(jnp.dtype(value_dtype(storage))))
     if form == "rows":
         pool = pool.reshape(*pool.shape[:2], -1, 128)
+    if form == "padded":
+        # Zeros, but in a slot that was never written anything.
+        beyond = np.where(np.isnan(pool[..., :1]), pool[..., :1], 0).astype(pool.dtype)
+        pool = np.concatenate([pool, *[beyond] * (-pool.shape[3] % 128)], axis=3)
     if dtype == "uint16":
         pool = pool.view(np.uint16)
     return jnp.asarray(pool)
@@ -123,7 +129,17 @@ def unstore(pages, head_dim):
     pages = np.ascontiguousarray(pages)
     if pages.dtype == np.uint16:
         pages = pages.view(ml_dtypes.bfloat16)
+    if 128 % head_dim != 0:  # which may be rounded up
+        pages = pages[..., :head_dim]
     return pages.astype(np.float32).reshape(*pages.shape[:2], -1, head_dim)
+
+
+@contextlib.contextmanager
+def stored_as_on(platform):
+    """New caches are stored as on another platform."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: platform)
+        yield
 
 
 def layer_pools(cache):

@@ -15,10 +15,12 @@ from .helpers import (
     fails_naming,
     head_values,
     ints,
+    layer_pools,
     normal,
     quick_jit,
     rng_of,
     stacked,
+    stored_as_on,
     told,
 )
 
@@ -156,6 +158,32 @@ def test_forked_rows_go_their_own_ways(getkey):
         keys, values = (np.concatenate([a, b[i : i + 1]]) for a, b in zip(past[i], (k, v)))
         wanted = oracle.attention(q[i : i + 1], keys, values)[0]
         assert_close(np.asarray(out)[i : i + 1], wanted)
+
+
+@pytest.mark.parametrize("head_dim", (80, pytest.param(96, marks=pytest.mark.slow)))
+def test_pages_rounded_up_as_on_a_tpu_give_the_same_numbers(getkey, head_dim):
+    import eqx_paged
+
+    sizes = dict(num_layers=1, num_pages=9, page_size=8, num_kv_heads=2, head_dim=head_dim)
+    sizes |= dict(num_seqs=3, max_len=24)
+    caches = [eqx_paged.PagedKVCache.empty(**sizes)]
+    with stored_as_on("tpu"):
+        caches.append(eqx_paged.PagedKVCache.empty(**sizes))
+    assert [c.layers[0].k_pages.shape[3] for c in caches] == [head_dim, 128]
+    rng, attention = rng_of(getkey()), layer_of("paged", {})
+    # Rows that share a page which is not full, and then both write to it.
+    for q_lens, num_tokens in (((12, 0, 3), 16), ((1, 1, 1), None)):
+        heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
+        qkv = [jnp.asarray(normal(rng, (num_tokens or 3, n, head_dim))) for n in heads]
+        outs = []
+        for i, cache in enumerate(caches):
+            out, cache, *_ = step(attention, cache, ints(q_lens), *qkv, num_tokens)
+            caches[i] = cache.fork(0, 1)[0] if num_tokens else cache
+            outs.append(out)
+        assert_close(outs[1], outs[0])
+    assert caches[1].kv_lens.tolist() == [13, 13, 4]
+    for plain, rounded in zip(*map(layer_pools, caches)):
+        np.testing.assert_array_equal(rounded, plain)
 
 
 @pytest.mark.parametrize("kind", ("paged", "ragged"))

@@ -18,6 +18,7 @@ from .helpers import (
     rng_of,
     row_tokens,
     stacked,
+    stored_as_on,
     told,
 )
 
@@ -94,6 +95,24 @@ def test_pages_are_stored_in_rows_of_128_lanes_where_they_can(
         assert layer.page_size == page_size
         assert (layer.num_pages, layer.num_kv_heads) == (12, 2)
         assert layer.dtype == jnp.dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    "head_dim, page_size, rows, lanes",
+    [
+        *((80, 16, 16, 128), (96, 8, 8, 128), (160, 8, 8, 256), (320, 8, 8, 384)),
+        *((64, 16, 8, 128), (128, 8, 8, 128), (256, 16, 16, 256), (8, 8, 8, 8)),
+    ],
+)
+def test_on_a_tpu_pages_are_rounded_up_to_128_lanes(head_dim, page_size, rows, lanes):
+    with stored_as_on("tpu"):
+        cache = empty(head_dim=head_dim, page_size=page_size, dtype=jnp.bfloat16)
+    for layer in cache.layers:
+        for pages in (layer.k_pages, layer.v_pages):
+            assert pages.shape == (12, 2, rows, lanes)
+            assert pages.dtype == jnp.bfloat16
+        assert (layer.head_dim, layer.page_size) == (head_dim, page_size)
+    assert cache.num_bytes == 2 * 2 * 12 * 2 * rows * lanes * 2
 
 
 def test_properties():
@@ -280,6 +299,31 @@ def test_saved_rows_come_back(getkey, tmp_path, dtype, head_dim):
         5,
         contents(cache, 0),
     )
+
+
+@pytest.mark.parametrize(
+    "source, target, head_dim", (("tpu", "cpu", 80), ("cpu", "tpu", 80), ("cpu", "tpu", 16))
+)
+def test_rows_saved_on_one_platform_load_on_another(
+    getkey, tmp_path, source, target, head_dim
+):
+    sizes = dict(head_dim=head_dim, dtype=jnp.bfloat16)
+    with stored_as_on(source):
+        cache = empty(**sizes)
+    cache = poison_free_pages(fill(cache, (12, 16, 1, 0), rng_of(getkey())))
+    cache.save(tmp_path / "rows", [2, 0])
+    with stored_as_on(target):
+        other = empty(**sizes)
+    assert other.layers[0].k_pages.dtype != cache.layers[0].k_pages.dtype
+    loaded, result = other.load(tmp_path / "rows", [0, 3])
+    assert told(result) == "successful"
+    assert_same_contents(loaded, 0, contents(cache, 2))
+    assert_same_contents(loaded, 3, contents(cache, 0))
+    for x, y in zip(jax.tree.leaves(loaded.layers), jax.tree.leaves(other.layers)):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    loaded.save(tmp_path / "again", [0, 3])
+    again, wanted = (read_file(tmp_path / name)[0] for name in ("again", "rows"))
+    assert_trees_identical(again, wanted)
 
 
 def test_what_was_shared_is_shared_again(getkey, tmp_path):

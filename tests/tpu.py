@@ -6,7 +6,11 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from scripts._tpu_chips import CHIPS
-from scripts._tpu_compile import compile_for as compile_for, large_copies as large_copies
+from scripts._tpu_compile import (
+    chips_of as chips_of,
+    compile_for as compile_for,
+    large_copies as large_copies,
+)
 
 
 TOPOLOGIES = {name: chip.topology for name, chip in CHIPS.items()}

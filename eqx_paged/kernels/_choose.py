@@ -4,6 +4,9 @@ The choice is made when a program is lowered, since only then its platform is kn
 program can be traced here and compiled for another machine. Only what is chosen is
 traced; `jax.lax.platform_dependent` would trace, on a CPU too, the Pallas kernels that it
 then drops.
+
+Under `jax.shard_map` a kernel sees its shard alone: it is traced without the mesh axes over
+which its arguments vary, and its results vary over all of them.
 """
 
 import functools
@@ -15,6 +18,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from .._types import Implementation
@@ -62,22 +66,21 @@ def choose(
             for name, platform in PLATFORMS.items()
             if name in kernels and unsupported.get(name) is None
         }
-        return _by_platform(able, kernels["xla"], results) if able else kernels["xla"]
-    able = {}
+        return _by_platform(able, kernels["xla"], results)
     has = f"it has {', '.join(repr(name) for name in kernels)}."
     if implementation not in kernels:
         reason = f"{op} has no implementation {implementation!r}; {has}"
-    elif (why := unsupported.get(implementation)) is not None:
+        return _by_platform({}, _refusal(reason), results)
+    if (why := unsupported.get(implementation)) is not None:
         reason = f"{op} cannot run as {implementation!r}: {why}; {has}"
-    elif implementation == "xla" or interpret:
+        return _by_platform({}, _refusal(reason), results)
+    if implementation == "xla" or interpret is True:
+        return _by_platform({}, kernels[implementation], results)
+    if interpret:  # by callbacks to the host, which must be known when it is traced
         return kernels[implementation]
-    else:
-        platform = PLATFORMS[implementation]
-        reason = (
-            f"{implementation!r} runs on {platform!r}, or with interpret=True; {op}: {has}"
-        )
-        able[platform] = kernels[implementation]
-    return _by_platform(able, _refusal(reason), results)
+    platform = PLATFORMS[implementation]
+    reason = f"{implementation!r} runs on {platform!r}, or with interpret=True; {op}: {has}"
+    return _by_platform({platform: kernels[implementation]}, _refusal(reason), results)
 
 
 def attention_results(q: Array, num_results: int = 3) -> list[jax.ShapeDtypeStruct]:
@@ -128,11 +131,18 @@ def _run(*flat, **parameters):  # with `jax.disable_jit`
 
 @_by_platform_p.def_abstract_eval
 def _results(*flat, able, default, results):
-    return list(results)
+    axes = frozenset[Any]().union(*(x.manual_axis_type.varying for x in flat))
+    if not axes:
+        return list(results)
+    sharding = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+    kind = ManualAxisType(varying=axes)
+    return [x.update(sharding=sharding, manual_axis_type=kind) for x in results]
 
 
 def _lower(ctx, *flat, able, default, results, platform=None):
     kernel = dict(able).get(platform, default)
+    of_shard = [jax.core.ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+    ctx = ctx.replace(avals_in=of_shard)
     return mlir.lower_fun(kernel, multiple_results=True)(ctx, *flat)
 
 

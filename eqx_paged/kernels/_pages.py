@@ -4,7 +4,7 @@ Plain     [num_pages, num_kv_heads, page_size, head_dim]
 Rows      [num_pages, num_kv_heads, page_size / n, 128] with n = 128 / head_dim: the same
           numbers in the same order, n consecutive tokens side by side in a row.
 Padded    [num_pages, num_kv_heads, page_size, lanes]: `head_dim` rounded up to a multiple
-          of 128, the rest zeros; for a TPU, where there are no rows.
+          of 128, the rest zeros; on a TPU, for a `head_dim` that does not divide 128.
 
 A TPU tile is 128 lanes wide, so a smaller `head_dim` stored plainly would be copied whole
 at every kernel call. Rows cost nothing on a CPU or GPU: they are a reshape.
@@ -25,11 +25,14 @@ LANES = 128
 def storage_shape(
     num_pages: int, num_kv_heads: int, page_size: int, head_dim: int
 ) -> tuple[int, int, int, int]:
-    """The stored shape of a layer's keys or values."""
-    tokens = LANES // head_dim if LANES % head_dim == 0 else 1
-    if page_size % tokens != 0:
-        tokens = 1
-    return (num_pages, num_kv_heads, page_size // tokens, head_dim * tokens)
+    """The stored shape of a layer's keys or values, on the default backend."""
+    lanes = head_dim
+    if LANES % head_dim == 0:
+        # A page smaller than a row stays plain: 128 lanes would be taken for a row.
+        lanes = LANES if page_size % (LANES // head_dim) == 0 else head_dim
+    elif jax.default_backend() == "tpu":
+        lanes = -(-head_dim // LANES) * LANES
+    return num_pages, num_kv_heads, page_size // tokens_per_row(lanes, head_dim), lanes
 
 
 def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -50,12 +53,17 @@ def tokens_per_row(lanes: int, head_dim: int) -> int:
     return LANES // head_dim if lanes == LANES and LANES % head_dim == 0 else 1
 
 
+def lanes_per_token(lanes: int, head_dim: int) -> int:
+    """How many of a stored row's lanes each of its tokens has."""
+    return lanes // tokens_per_row(lanes, head_dim)
+
+
 def padded(
     values: Real[Array, "*shape head_dim"], lanes: int
 ) -> Real[Array, "*shape width"]:
     """Values with zeros in the lanes that a stored token has beyond its own."""
-    width = lanes // tokens_per_row(lanes, values.shape[-1])
-    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
+    beyond = lanes_per_token(lanes, values.shape[-1]) - values.shape[-1]
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, beyond)])
 
 
 def page_size_of(
@@ -69,8 +77,9 @@ def unpack(
     pages: Real[Array, "*pages rows lanes"], head_dim: int
 ) -> Real[Array, "*pages page_size head_dim"]:
     """Stored pages as values, one token a row."""
-    tokens = tokens_per_row(pages.shape[-1], head_dim)
-    values = values_of(pages).reshape(*pages.shape[:-2], -1, pages.shape[-1] // tokens)
+    *shape, rows, lanes = pages.shape
+    page_size = rows * tokens_per_row(lanes, head_dim)
+    values = values_of(pages).reshape(*shape, page_size, lanes_per_token(lanes, head_dim))
     return values[..., :head_dim]
 
 

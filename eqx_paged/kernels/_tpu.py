@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import ManualAxisType
 
 from ._pages import LANES
 
@@ -137,6 +138,11 @@ def rolled(count: Any, step: Callable[[Any], None], unroll: int = 8) -> None:
     whole = count // unroll
     jax.lax.fori_loop(0, whole, turn, 0)
     jax.lax.fori_loop(whole * unroll, count, single, 0)
+
+
+def result_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A result of a kernel, which under `jax.shard_map` knows of no mesh axis."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
 
 
 def lane_tiles(x: jax.Array) -> list[jax.Array]:

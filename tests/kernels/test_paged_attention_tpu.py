@@ -1,11 +1,19 @@
 import functools as ft
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ..helpers import check_paged, fails_naming, head_values, OPTIONS, paged_case
+from ..helpers import (
+    check_paged,
+    fails_naming,
+    head_values,
+    OPTIONS,
+    paged_case,
+    stored_as_on,
+)
 from ..tpu import (
     both_dma_modes,
     compile_for,
@@ -24,15 +32,14 @@ def config(**options):
 
 
 def small(page_size, head_dim):
-    """The smallest blocks there are: 128 rows of 128 lanes, or more."""
-    lanes = max(head_dim, 128)
-    rows = max(128, page_size * head_dim // lanes)
-    return config(pages_per_compute_block=rows * lanes // head_dim // page_size)
+    """The smallest blocks there are: 128 rows of lanes, or a page."""
+    num_tokens = 128 * max(1, 128 // head_dim)
+    return config(pages_per_compute_block=max(1, num_tokens // page_size))
 
 
 def check(case, **options):
     head_dim, (_, _, rows, lanes) = case.q.shape[2], case.k_pages.shape
-    case_config = small(rows * lanes // head_dim, head_dim)
+    case_config = small(rows * (lanes // head_dim), head_dim)
     how = dict(interpret=True, config=options.pop("config", case_config))
     check_paged("paged_attention", case, "pallas_tpu", how=how, **options)
 
@@ -52,6 +59,9 @@ def test_lengths_at_the_edges_of_pages_and_blocks(getkey, storage):
         (8, 2, 64, 16, "u16-rows"),
         pytest.param(9, 3, 64, 32, "f32-rows", marks=pytest.mark.slow),
         (7, 1, 128, 8, "f32"),
+        (3, 3, 80, 16, "bf16-padded"),
+        pytest.param(4, 2, 96, 16, "f32-padded", marks=pytest.mark.slow),
+        pytest.param(4, 4, 160, 16, "f32-padded", marks=pytest.mark.slow),
         pytest.param(16, 1, 128, 32, "u16", marks=pytest.mark.slow),
         pytest.param(2, 2, 256, 16, "f32", marks=pytest.mark.slow),
         pytest.param(4, 4, 128, 128, "u16", marks=pytest.mark.slow),
@@ -187,17 +197,19 @@ def test_a_wait_that_is_left_out_is_found(getkey, monkeypatch, dma_execution_mod
 
 
 def decode_shapes(model, page_size, dtype, num_seqs=8, max_len=1024):
+    """`model` is a name of MODELS, or what these say of one."""
     import eqx_paged
 
-    num_heads, num_kv_heads, head_dim = MODELS[model]
-    pages = jax.eval_shape(
-        lambda: eqx_paged.KVPages.empty(
-            num_pages=num_seqs * max_len // page_size,
-            page_size=page_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-        )
-    ).k_pages
+    num_heads, num_kv_heads, head_dim = MODELS.get(model, model)
+    with stored_as_on("tpu"):
+        pages = jax.eval_shape(
+            lambda: eqx_paged.KVPages.empty(
+                num_pages=num_seqs * max_len // page_size,
+                page_size=page_size,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+            )
+        ).k_pages
     pool = jax.ShapeDtypeStruct(pages.shape, dtype)
     q_dtype = jnp.float32 if dtype == "float32" else jnp.bfloat16
     return (
@@ -235,6 +247,25 @@ def test_it_compiles_and_copies_no_pool(model, page_size, dtype, generation):
     shapes = decode_shapes(model, page_size, dtype)
     attend = ft.partial(eqx_paged.paged_attention, implementation="pallas_tpu")
     compiled = compile_for(generation, attend, shapes)
+    assert "tpu_custom_call" in compiled.as_text()
+    assert not large_copies(compiled, least=np.prod(shapes[1].shape))
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "head_dim, dtype, generation",
+    [
+        pytest.param(*x, marks=() if x == (80, "bfloat16", "v5e") else pytest.mark.slow)
+        for x in itertools.product((80, 96), ("bfloat16", "float32"), TOPOLOGIES)
+    ],
+)
+def test_it_copies_no_pool_of_pages_rounded_up(head_dim, dtype, generation):
+    import eqx_paged
+
+    # As a cache stores them on a TPU, and by its choice.
+    shapes = decode_shapes((32, 8, head_dim), 16, dtype)
+    assert shapes[1].shape[3] == 128
+    compiled = compile_for(generation, eqx_paged.paged_attention, shapes)
     assert "tpu_custom_call" in compiled.as_text()
     assert not large_copies(compiled, least=np.prod(shapes[1].shape))
 

@@ -54,8 +54,9 @@ def paged_attention(
     - `q`: one query a row and head.
     - `k_pages`, `v_pages`: the stored keys and values, `[num_pages, num_kv_heads,
         page_size, head_dim]`; or, where `head_dim` divides 128, the same numbers in rows
-        of 128, `[num_pages, num_kv_heads, page_size * head_dim / 128, 128]`. uint16 is
-        read as the bits of bfloat16, int8 as numbers to be scaled. `num_heads` must be a
+        of 128, `[num_pages, num_kv_heads, page_size * head_dim / 128, 128]`; or with
+        `head_dim` rounded up to a multiple of 128, the rest zeros. uint16 is read as the
+        bits of bfloat16, int8 as numbers to be scaled. `num_heads` must be a
         multiple of `num_kv_heads`; query heads `i * group` to `(i + 1) * group - 1` share
         kv head `i`.
     - `kv_lens`: how many tokens each row holds, the query's own included. A row of length

@@ -31,6 +31,7 @@ from .._tpu import (
     iota,
     LOG2_E,
     PageFetch,
+    result_of,
     rolled,
     SMEM_BYTES,
     SUBLANES,
@@ -612,9 +613,9 @@ def _launch(
         return pl.BlockSpec((rows, plan.tiles, *shape[2:]), block)
 
     pool = pl.BlockSpec(memory_space=pl.ANY)
-    results = [jax.ShapeDtypeStruct((*q.shape[:3], plan.lanes), dtype)]
+    results = [result_of((*q.shape[:3], plan.lanes), dtype)]
     if with_ml:
-        results.append(jax.ShapeDtypeStruct((*q.shape[:3], LANES), jnp.float32))
+        results.append(result_of((*q.shape[:3], LANES), jnp.float32))
     state = (plan.rows * plan.tiles, plan.queries)
     buffer = (plan.rows * plan.pages, plan.num_kv_heads, plan.page_rows, plan.lanes)
     return pl.pallas_call(

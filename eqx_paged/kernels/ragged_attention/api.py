@@ -349,10 +349,13 @@ def ragged_chunk_attention(
 )
 def _chunk_traced_once(operands, *, implementation, **options):
     options |= dict(k_scale=None, v_scale=None)
-    kernel = with_gradient_of(
-        lambda operands: reference.ragged_chunk_attention(**operands, **options),
-        lambda operands: xla.ragged_chunk_attention(**operands, **options),
+    kernel = choose(
+        "ragged_gqa",
+        implementation,
+        {"xla": lambda operands: xla.ragged_chunk_attention(**operands, **options)},
+        results=attention_results(operands["q"]),
     )
-    results = attention_results(operands["q"])
-    kernel = choose("ragged_gqa", implementation, {"xla": kernel}, results=results)
+    kernel = with_gradient_of(
+        lambda operands: reference.ragged_chunk_attention(**operands, **options), kernel
+    )
     return kernel(operands)[0]

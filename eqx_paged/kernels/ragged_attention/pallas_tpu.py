@@ -35,6 +35,7 @@ from .._tpu import (
     iota,
     lane_tiles,
     LOG2_E,
+    result_of,
     SMEM_BYTES,
     SUBLANES,
     TPUConfig,
@@ -482,8 +483,8 @@ def _launch(plan, starts, ends, q, k, v, *, cap, dtype, cost, interpret):
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, dtype),
-            jax.ShapeDtypeStruct((*q.shape[:2], LANES), jnp.float32),
+            result_of(q.shape, dtype),
+            result_of((*q.shape[:2], LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),

@@ -28,7 +28,16 @@ from jaxtyping import Array, Float, Int32, Real
 from .._blocked import Results, split_rows
 from .._online_softmax import merge_residuals, normalise
 from .._pages import LANES, tokens_per_row, values_of
-from .._tpu import Generation, generation, iota, LOG2_E, PageFetch, rolled, TPUConfig
+from .._tpu import (
+    Generation,
+    generation,
+    iota,
+    LOG2_E,
+    PageFetch,
+    result_of,
+    rolled,
+    TPUConfig,
+)
 from .._tpu_attend import add_softmax, clear, dot, finished, float_of, HIDDEN, scale, within
 from ..paged_attention import pallas_tpu as decode_tpu
 
@@ -686,9 +695,9 @@ def _launch(
         return pl.BlockSpec(shape, block)
 
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    results = [jax.ShapeDtypeStruct(q.shape, dtype)]
+    results = [result_of(q.shape, dtype)]
     if with_ml:
-        results.append(jax.ShapeDtypeStruct((*q.shape[:4], LANES), jnp.float32))
+        results.append(result_of((*q.shape[:4], LANES), jnp.float32))
     buffer = (plan.pages, plan.num_kv_heads, plan.page_rows, plan.lanes)
     state = (plan.num_kv_heads, plan.streams, plan.stream_rows)
     return pl.pallas_call(

@@ -86,6 +86,8 @@ def _traced_once(operands, *, implementation, interpret, config):
     def by_xla(operands):
         return xla.write_kv(**operands)
 
+    if implementation == "xla":  # which has a gradient of its own, forward mode too
+        return by_xla(operands)
     kernel = choose(
         "write_kv",
         implementation,
@@ -99,6 +101,4 @@ def _traced_once(operands, *, implementation, interpret, config):
         unsupported={"pallas_tpu": pallas_tpu.unsupported(k_pages, v_pages, head_dim)},
         interpret=interpret,
     )
-    if implementation == "xla":  # which has a gradient of its own, forward mode too
-        return kernel(operands)
     return differentiable("write_kv", implementation, kernel, by_xla)(operands)

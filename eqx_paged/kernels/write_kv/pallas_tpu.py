@@ -28,6 +28,7 @@ from .._tpu import (
     Generation,
     generation,
     iota,
+    result_of,
     rolled,
     SMEM_BYTES,
     SUBLANES,
@@ -456,7 +457,7 @@ def _launch(plan, work, new, k_pages, v_pages, interpret):
                 pltpu.SemaphoreType.DMA((plan.batches,)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_pages, v_pages)],
+        out_shape=[result_of(x.shape, x.dtype) for x in (k_pages, v_pages)],
         input_output_aliases={len(work) + 1: 0, len(work) + 2: 1},
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True,
