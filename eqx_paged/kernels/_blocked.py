@@ -27,11 +27,8 @@ Fetch = Callable[
 ]
 
 
-Results = tuple[
-    Float[Array, "num_queries num_heads head_dim"],
-    Float[Array, "num_queries num_heads"],
-    Float[Array, "num_queries num_heads"],
-]
+# Output, largest logit and denominator of each query, or the first of these.
+Results = tuple[Float[Array, "num_queries num_heads *head_dim"], ...]
 
 
 def split_rows(
@@ -40,9 +37,9 @@ def split_rows(
     cu_q_lens: Int32[Array, " num_seqs_plus_one"],
     num_seqs: Int32[Array, ""],
     *,
-    decode: Callable[[Array, Array], tuple[Array, ...]],
-    prefill: Callable[[Array, Array], tuple[Array, ...]],
-) -> tuple[Array, ...]:
+    decode: Callable[[Array, Array], Results],
+    prefill: Callable[[Array, Array], Results],
+) -> Results:
     """Sends rows of one token to `decode` and longer ones to `prefill`.
 
     Neither pays for the other: `decode(queries, kv_lens)` has length 0 for the longer
