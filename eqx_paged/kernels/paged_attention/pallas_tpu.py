@@ -324,10 +324,8 @@ def _kernel(
             ]
 
         # The blocks of which all rows see all, while the next one is as full.
-        steady_from = jnp.int32(0)
-        if windowed:
-            hidden = [lo > 0 for lo, _ in bounds_of(0)]
-            steady_from = functools.reduce(jnp.logical_or, hidden).astype(jnp.int32)
+        hidden = [lo > 0 for lo, _ in bounds_of(0) if lo is not None]
+        steady_from = jnp.int32(functools.reduce(jnp.logical_or, hidden, False))
         num_whole = functools.reduce(jnp.minimum, lengths) // block_size
         num_full = functools.reduce(jnp.minimum, pages_of_rows) // plan.pages
         is_next_full = [count == plan.pages for count in num_pages(next_group, 0)]
