@@ -17,6 +17,8 @@ from ._pages import LANES
 SUBLANES = 8
 LOG2_E = 1.4426950408889634
 SMEM_BYTES = 2**20  # of every generation
+# Pages whose copies are started in a turn of a loop.
+PAGES_PER_TURN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _wait(ref: Any, semaphore: Any) -> None:
     pltpu.make_async_copy(ref, ref, semaphore).wait()
 
 
-def rolled(count: Any, step: Callable[[Any], None], unroll: int = 8) -> None:
+def rolled(count: Any, step: Callable[[Any], None], unroll: int) -> None:
     """`step(i)` for each `i < count`, several a turn."""
 
     def turn(t, _):

@@ -45,20 +45,53 @@ def check(case, **options):
 
 
 # Around pages and blocks of 128 tokens, several blocks, idle rows between the others.
-LENS = (0, 1, 15, 16, 17, 0, 127, 128, 129, 300)
+LENS = (0, 1, 15, 16, 17, 0, 63, 64, 65, 127, 128, 129, 300)
 
 
-@pytest.mark.parametrize("storage", ("f32", "u16"))
-def test_lengths_at_the_edges_of_pages_and_blocks(getkey, storage):
-    check(paged_case(getkey(), kv_lens=LENS, head_dim=128, storage=storage))
+# Small pages are many copies, and take the interpreter long.
+@pytest.mark.parametrize(
+    "page_size, storage",
+    (
+        (64, "u16"),
+        (16, "f32"),
+        pytest.param(64, "f32", marks=pytest.mark.slow),
+        pytest.param(8, "f32", marks=pytest.mark.slow),
+        pytest.param(128, "u16", marks=pytest.mark.slow),
+    ),
+)
+def test_lengths_at_the_edges_of_pages_and_blocks(getkey, page_size, storage):
+    check(
+        paged_case(
+            getkey(), kv_lens=LENS, head_dim=128, page_size=page_size, storage=storage
+        )
+    )
+
+
+# Rows of some blocks, so that there are none, one and several steady ones, in either slot.
+@pytest.mark.parametrize(
+    "sliding_window", (None, pytest.param(300, marks=pytest.mark.slow))
+)
+def test_runs_of_whole_blocks(getkey, sliding_window):
+    case = paged_case(
+        getkey(),
+        kv_lens=(128, 384, 0, 512, 640, 640, 256, 300, 129, 128, 896),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=128,
+        page_size=128,
+        sliding_window=sliding_window,
+    )
+    options = {} if sliding_window is None else dict(sliding_window=sliding_window)
+    check(case, **options)
 
 
 @pytest.mark.parametrize(
     "num_heads, num_kv_heads, head_dim, page_size, storage",
     (
-        (8, 2, 64, 16, "u16-rows"),
+        (8, 2, 64, 64, "u16-rows"),
+        pytest.param(8, 2, 64, 16, "u16-rows", marks=pytest.mark.slow),
         pytest.param(9, 3, 64, 32, "f32-rows", marks=pytest.mark.slow),
-        (7, 1, 128, 8, "f32"),
+        pytest.param(7, 1, 128, 8, "f32", marks=pytest.mark.slow),
         (3, 3, 80, 16, "bf16-padded"),
         pytest.param(4, 2, 96, 16, "f32-padded", marks=pytest.mark.slow),
         pytest.param(4, 4, 160, 16, "f32-padded", marks=pytest.mark.slow),
@@ -85,7 +118,12 @@ def test_shapes_of_heads_and_pages(
 
 def test_queries_of_another_dtype_are_multiplied_in_float32(getkey):
     case = paged_case(
-        getkey(), kv_lens=(20, 1), head_dim=128, storage="u16", q_dtype="float32"
+        getkey(),
+        kv_lens=(20, 1),
+        head_dim=128,
+        page_size=128,
+        storage="u16",
+        q_dtype="float32",
     )
     case.dtype = "float32"
     check(case)
@@ -106,7 +144,7 @@ def test_options(getkey, name):
     options = OPTIONS[name](4, 2)
     window = options.get("sliding_window")
     case = paged_case(
-        getkey(), kv_lens=(5, 0, 150, 16), head_dim=128, sliding_window=window
+        getkey(), kv_lens=(5, 0, 150, 16), head_dim=128, page_size=64, sliding_window=window
     )
     check(case, **options)
 
@@ -132,8 +170,8 @@ def test_windows_at_the_edges_of_pages_and_blocks(getkey, sliding_window):
     ids=str,
 )
 def test_ways_to_share_out_the_work(getkey, options):
-    case = paged_case(getkey(), kv_lens=(17, 0, 200, 1, 129), head_dim=128)
-    check(case, config=config(pages_per_compute_block=8, **options))
+    case = paged_case(getkey(), kv_lens=(17, 0, 200, 1, 129), head_dim=128, page_size=64)
+    check(case, config=config(pages_per_compute_block=2, **options))
 
 
 @pytest.mark.slow
@@ -145,13 +183,13 @@ def test_contexts_of_thousands_of_tokens_by_the_chosen_plan(getkey):
 def test_eight_bits_a_number(getkey):
     import eqx_paged
 
-    case = paged_case(getkey(), kv_lens=(40, 1, 130), head_dim=128, page_size=32)
+    case = paged_case(getkey(), kv_lens=(40, 1, 130), head_dim=128, page_size=128)
     values = np.random.default_rng(0).integers(-127, 128, (2, *case.k_pages.shape))
     scales = dict(k_scale=jnp.asarray(head_values(2)) / 127, v_scale=1 / 127)
     q, _, _, kv_lens, page_indices = case.decode_args
     args = (q.astype(jnp.bfloat16), *jnp.asarray(values, jnp.int8), kv_lens, page_indices)
     attend = ft.partial(eqx_paged.paged_attention, **scales)
-    out = attend(*args, implementation="pallas_tpu", interpret=True, config=small(32, 128))
+    out = attend(*args, implementation="pallas_tpu", interpret=True, config=small(128, 128))
     exact = (q.astype(jnp.bfloat16).astype(jnp.float32), *args[1:])
     np.testing.assert_allclose(
         out.astype(jnp.float32), attend(*exact, implementation="xla"), atol=1e-2

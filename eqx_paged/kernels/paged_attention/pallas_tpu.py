@@ -31,6 +31,7 @@ from .._tpu import (
     iota,
     LOG2_E,
     PageFetch,
+    PAGES_PER_TURN,
     result_of,
     rolled,
     SMEM_BYTES,
@@ -75,6 +76,10 @@ def _rows_of_tables(pages_per_seq: int) -> int:
 
 
 # --- Block sizes
+
+
+# Of a block's keys as they are multiplied: as much as a program of modest size works off.
+_BLOCK_BYTES = 2**21
 
 
 class Plan(NamedTuple):
@@ -148,7 +153,8 @@ def plan_of(
     row_bytes *= rows
     pages = config.pages_per_compute_block
     if pages is None:
-        length = min(8192 // (num_kv_heads * rows), pages_per_seq * page_rows)
+        length = _BLOCK_BYTES // (num_kv_heads * rows * lanes * q.dtype.itemsize)
+        length = min(length, pages_per_seq * page_rows)
         length = max(LANES, pl.next_power_of_2(length))
         while length > LANES and length * row_bytes > chip.vmem_bytes // 2:
             length //= 2
@@ -292,7 +298,7 @@ def _kernel(
     def start_live(group, block, slot):
         counts = num_pages(group, block)
         for start_page, count in zip(starts_of(group, block, slot), counts, strict=True):
-            rolled(count, start_page)
+            rolled(count, start_page, min(plan.pages, PAGES_PER_TURN))
 
     def work_off_group(i, slot):
         group = (step * plan.row_cores + place) * plan.groups_per_step + i

@@ -34,6 +34,7 @@ from .._tpu import (
     iota,
     LOG2_E,
     PageFetch,
+    PAGES_PER_TURN,
     result_of,
     rolled,
     TPUConfig,
@@ -279,6 +280,10 @@ def _kernel(
 
         return start_page
 
+    def start_live(item, block, slot):
+        turn = min(plan.pages, PAGES_PER_TURN)
+        rolled(live_pages(item, block), start_of(item, block, slot), turn)
+
     def work_off(item, following):
         def after(block):
             last = block + 1 >= item.num_blocks
@@ -318,7 +323,7 @@ def _kernel(
             jax.lax.fori_loop(0, turns, work_off_heads, 0)
 
         def masked(units_of, unit, slot, block):
-            rolled(live_pages(*after(block)), start_of(*after(block), 1 - slot))
+            start_live(*after(block), 1 - slot)
             live = live_pages(item, block)
             for fetch in fetches[slot]:
                 fetch.wait(live)
@@ -369,7 +374,7 @@ def _kernel(
             start_table(index)
             start_table(index + 1)
             wait_for_table(index)
-            rolled(live_pages(item, 0), start_of(item, 0, 0))
+            start_live(item, 0, 0)
 
         wait_for_table(index + 1)
         start_table(index + 2)
