@@ -22,10 +22,15 @@ class Case:
     - `kernel`: what the kernel is named in the compiler's dumps.
     - `function`, `args`, `donate`: the call, and which arguments it may overwrite.
     - `token_bytes`: what the memory moves for a token of all heads.
+    - `by_head`: whether the cores that a program has share the heads, not the rows.
     - `copy_tokens`: whose keys, or values, one copy of the steady block moves.
     - `copies_out`: whether these are the copies to HBM.
     - `row_tokens`: tokens of the rows that are worked on together, from one turn of the
         loop over rows to the next.
+    - `around_tokens`: tokens of a turn of the loop around the steady block, by generation,
+        if that is more than the steady block's.
+    - `single`: whether the steady block is not the largest that there is, a loop over
+        several, but the next largest.
     - `turns`: how often each inner loop of the steady block is run, in order; by
         generation, since the size of a block may be.
     """
@@ -38,6 +43,9 @@ class Case:
     row_tokens: int
     donate: tuple[int, ...] = ()
     copies_out: bool = False
+    by_head: bool = False
+    single: bool = False
+    around_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     turns: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -77,6 +85,41 @@ def _decode(
         token_bytes=2 * num_kv_heads * head_dim * pool.dtype.itemsize,
         copy_tokens=page_size,
         row_tokens=rows * num_tokens,
+        # All blocks of a row are steady, and worked off in pairs, if there are two.
+        around_tokens=dict.fromkeys(CHIPS, rows * num_tokens),
+        single=num_tokens == 512,
+    )
+
+
+def _prefill(
+    num_tokens: int = 2048,
+    num_cached: int = 8192,
+    page_size: int = 16,
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+) -> Case:
+    """A chunk of one long prompt, in tiles of 128 queries (64 on v4)."""
+    pages_per_seq = (num_cached + num_tokens) // page_size
+    pool = _shape(pages_per_seq, num_kv_heads, page_size, HEAD_DIM)
+    return Case(
+        kernel="ragged_paged_attention",
+        function=eqx_paged.ragged_paged_attention,
+        args=(
+            _shape(num_tokens, num_heads, HEAD_DIM),
+            pool,
+            pool,
+            _ints(1),
+            _ints(1, pages_per_seq),
+            _ints(2),
+            _ints(),
+        ),
+        token_bytes=2 * num_kv_heads * HEAD_DIM * BFLOAT16.itemsize,
+        by_head=True,
+        copy_tokens=page_size,
+        # The steady block is a turn of the loop over heads, which the loop over blocks is
+        # around.
+        around_tokens={name: 512 if name == "v4" else 1024 for name in CHIPS},
+        row_tokens=num_cached + num_tokens // 2,
     )
 
 
@@ -130,6 +173,7 @@ CASES = {
     "decode-head-dim-64": _decode(16, head_dim=64),
     "decode-int8": _decode(32, dtype=jnp.int8),
     "decode-one-kv-head": _decode(32, num_heads=4, num_kv_heads=1, rows=4),
+    "prefill": _prefill(),
     "write-kv": _write(),
     "ragged-gqa": _ragged(),
 }

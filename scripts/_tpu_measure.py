@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+from eqx_paged.kernels._tpu import GENERATIONS
+
 from ._tpu_cases import Case, CASES
 from ._tpu_chips import CHIPS
 from ._tpu_compile import compile_for, large_copies
@@ -104,11 +106,13 @@ def _refusal(stderr: str) -> str:
 def _report(case_name: str, generation: str, folder: pathlib.Path) -> Report:
     case = CASES[case_name]
     schedule = read_schedule(_dump(folder, case, SCHEDULE))
-    steady = steady_of(schedule, case.turns.get(generation, ()))
+    steady = steady_of(schedule, case.turns.get(generation, ()), single=case.single)
     did = steady.operations
     num_copies = did.copies_out if case.copies_out else did.copies_in
     tokens = num_copies // 2 * case.copy_tokens  # as many of keys as of values
-    body, loop = steady.body, steady.body + steady.around
+    around_tokens = case.around_tokens.get(generation, tokens)
+    body, loop = steady.body, steady.body + steady.around * tokens / around_tokens
+    cores = GENERATIONS[generation].num_cores if case.by_head else 1
     row = loop + steady.outer * tokens / case.row_tokens
     final = _dump(folder, case, FINAL)
     everywhere = operations_of(schedule, whole(schedule))
@@ -125,7 +129,7 @@ def _report(case_name: str, generation: str, folder: pathlib.Path) -> Report:
         body_cycles=body * 1024 / tokens,
         loop_cycles=loop * 1024 / tokens,
         row_cycles=row * 1024 / tokens,
-        floor_cycles=CHIPS[generation].floor_cycles(1024 * case.token_bytes),
+        floor_cycles=CHIPS[generation].floor_cycles(1024 * case.token_bytes // cores),
         matrix_use=_matrix_use(_dump(folder, case, SLOTS), steady),
         **json.loads((folder / ABOUT_FILE).read_text()),
     )

@@ -148,10 +148,12 @@ def whole(schedule: Schedule) -> Region:
     return Region("guarded", 0, len(schedule.bundles))
 
 
-def steady_of(schedule: Schedule, turns: tuple[int, ...] = ()) -> Steady:
+def steady_of(
+    schedule: Schedule, turns: tuple[int, ...] = (), single: bool = False
+) -> Steady:
     """The steady block of a kernel. `turns` says how often each of the loops in it is run,
-    in order."""
-    region = _steady_region(schedule)
+    in order; `single` asks for the next largest, where the largest is several in a loop."""
+    region = _steady_region(schedule, single)
     inner = [loop for loop in schedule.loops if region.holds(loop)]
     if len(inner) != len(turns):
         raise ValueError(
@@ -172,7 +174,7 @@ def steady_of(schedule: Schedule, turns: tuple[int, ...] = ()) -> Steady:
     return Steady(region, operations, body, around, outer)
 
 
-def _steady_region(schedule: Schedule) -> Region:
+def _steady_region(schedule: Schedule, single: bool) -> Region:
     matrix = {region: operations_of(schedule, region).matrix for region in schedule.regions}
     smallest = [
         region
@@ -182,6 +184,9 @@ def _steady_region(schedule: Schedule) -> Region:
     if not smallest:
         return max(schedule.loops, key=lambda loop: loop.cycles)
 
+    if single:
+        most = max(matrix[region] for region in smallest)
+        smallest = [region for region in smallest if matrix[region] < most]
     return max(
         smallest,
         key=lambda x: (matrix[x], _straight_copies(schedule, x), x.cycles),

@@ -19,6 +19,7 @@ from ..helpers import (
     OPTIONS,
     paged_case,
     quick_jit,
+    run,
 )
 from ..tpu import (
     both_dma_modes,
@@ -201,7 +202,14 @@ def test_windows_at_the_edges_of_pages_and_blocks(getkey, sliding_window):
 @pytest.mark.parametrize("mode", ("batch", "kv_head"))
 def test_ways_to_share_out_the_work(getkey, mode):
     cases = [
-        paged_case(getkey(), kv_lens=kv_lens, q_lens=q_lens, num_tokens=260, head_dim=128)
+        paged_case(
+            getkey(),
+            kv_lens=kv_lens,
+            q_lens=q_lens,
+            num_tokens=260,
+            head_dim=128,
+            page_size=64,
+        )
         # The last has items for neither core: one token a row.
         for kv_lens, q_lens in MIXES
     ]
@@ -219,6 +227,18 @@ def test_contexts_of_thousands_of_tokens_by_the_chosen_plan(getkey):
         head_dim=128,
     )
     check(case, config=None)
+
+
+@pytest.mark.slow
+def test_queries_before_the_first_token_of_a_row_see_nothing(getkey):
+    case = paged_case(
+        getkey(), kv_lens=(40, 40, 40), q_lens=(40, 40, 40), head_dim=128, page_size=64
+    )
+    lens = jnp.asarray((0, 3, 39), jnp.int32)
+    args = (*case.mixed_args[:3], lens, *case.mixed_args[4:])
+    how = dict(interpret=True, config=small(case))
+    out = run("ragged_paged_attention", "pallas_tpu", args, **how)
+    assert_close(out, run("ragged_paged_attention", "xla", args))
 
 
 @pytest.mark.slow

@@ -192,7 +192,8 @@ def _kernel(
     items_ref,  # [cores + 1] in SMEM: each core's first item
     tiles_ref,  # [items]
     rows_ref,  # [items]
-    q_ends_ref,  # [num_seqs + 1]: cu_q_lens
+    q_starts_ref,  # [num_seqs]
+    q_ends_ref,  # [num_seqs]
     kv_lens_ref,  # [num_seqs]
     q_ref,  # [num_kv_heads, streams, stream_rows, lanes]
     table_hbm,  # [num_seqs, 1, pages_per_seq]
@@ -204,8 +205,11 @@ def _kernel(
     cap: float | None,
     window: int | None,
 ):
-    ml_ref = refs[0] if len(refs) == 12 else None  # as out_ref: lane 0 is m, the others l
-    tables, k0, k1, v0, v1, *state, semaphores, arrivals, slot_ref = refs[-11:]
+    # As out_ref: lane 0 is m, the others l.
+    *ml_ref, tables, k0, k1, v0, v1, m_ref, l_ref, acc_ref, semaphores = refs[:-2]
+    arrivals, slot_ref = refs[-2:]
+    ml_ref = ml_ref[0] if ml_ref else None
+    state, kv = (m_ref, l_ref, acc_ref), ((k0, v0), (k1, v1))
     core, step = pl.program_id(0), pl.program_id(1)
     share = core if plan.row_cores > 1 else 0
     heads = pl.ds(
@@ -216,7 +220,7 @@ def _kernel(
             PageFetch(lambda page: k_hbm.at[page, heads], k, semaphores.at[slot, 0]),
             PageFetch(lambda page: v_hbm.at[page, heads], v, semaphores.at[slot, 1]),
         )
-        for slot, (k, v) in enumerate(((k0, v0), (k1, v1)))
+        for slot, (k, v) in enumerate(kv)
     ]
     first_item, end_item = items_ref[share], items_ref[share + 1]
 
@@ -224,10 +228,10 @@ def _kernel(
         exists = index < end_item
         at = jnp.minimum(index, end_item - 1)
         row, first = rows_ref[at], tiles_ref[at] * plan.queries
-        begin = jnp.maximum(q_ends_ref[row] - first, 0)
-        end = jnp.minimum(q_ends_ref[row + 1] - first, plan.queries)
-        base = kv_lens_ref[row] - q_ends_ref[row + 1] + first
-        seen_to = jnp.maximum(base + end, 0)
+        begin = jnp.maximum(q_starts_ref[row] - first, 0)
+        end = jnp.minimum(q_ends_ref[row] - first, plan.queries)
+        base = kv_lens_ref[row] - q_ends_ref[row] + first
+        seen_to = base + end
         seen_from = 0
         if window is not None:
             seen_from = jnp.maximum(base + begin - window + 1, 0)
@@ -344,7 +348,6 @@ def _kernel(
 
             jax.lax.fori_loop(first_live, pl.cdiv(live, unit), work_off_keys, 0)
 
-        kv = ((k0, v0), (k1, v1))
         kinds = [functools.partial(masked, _units, plan.unit_pages), steady]
         if plan.few_rows:
             few_units = functools.partial(_few_units, item.few_from)
@@ -527,7 +530,6 @@ def ragged_paged_attention(
             values_of(v_pages),
             kv_lens,
             page_indices,
-            cu_q_lens,
             q_starts,
             q_lens,
             return_residuals=return_residuals,
@@ -544,7 +546,6 @@ def _prefill(
     v_pages,
     kv_lens,
     page_indices,
-    cu_q_lens,
     q_starts,
     q_lens,
     *,
@@ -569,10 +570,14 @@ def _prefill(
     window = sliding_window
     if window is not None:  # none sees more, and so no product with it overflows
         window = min(window, pages_per_seq * plan.page_size)
+    # Queries before a row's first token, which there should not be, see nothing.
+    early = jnp.maximum(q_lens - kv_lens, 0)
+    q_starts, q_ends = q_starts + early, q_starts + q_lens
     out, *ml = _launch(
         plan,
-        *_items(plan, q.shape[0], q_starts, q_lens),
-        cu_q_lens,
+        *_items(plan, q.shape[0], q_starts, q_ends),
+        q_starts,
+        q_ends,
         kv_lens,
         _tiles_of_queries(plan, q, factor, k_scale).astype(dtype),
         jnp.pad(page_indices, ((0, 0), (0, -pages_per_seq % LANES)))[:, None],
@@ -594,7 +599,7 @@ def _prefill(
         out = out[0, ..., : plan.head_dim]
     token = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
     after = token >= q_starts[None]
-    exists = jnp.any(after & (token < (q_starts + q_lens)[None]), axis=1)
+    exists = jnp.any(after & (token < q_ends[None]), axis=1)
     results = (out.astype(q.dtype), *ml)[: 3 if return_residuals else 1]
     return tuple(jnp.where(exists.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in results)
 
@@ -615,17 +620,17 @@ def _tiles_per_core(plan, num_tokens):
     return pl.cdiv(_num_tiles(plan, num_tokens), plan.row_cores)
 
 
-def _items(plan, num_tokens, q_starts, q_lens):
+def _items(plan, num_tokens, q_starts, q_ends):
     """Each core's first item, and the tile and the row of each item."""
     num_tiles = _num_tiles(plan, num_tokens)
-    num_items = num_tiles + min(q_lens.shape[0], num_tokens // 2)
+    num_items = num_tiles + min(q_ends.shape[0], num_tokens // 2)
     first_tile = q_starts // plan.queries
-    last_tile = (q_starts + q_lens - 1) // plan.queries
-    spans = jnp.where(q_lens > 0, last_tile - first_tile + 1, 0)
+    last_tile = (q_ends - 1) // plan.queries
+    spans = jnp.where(q_ends > q_starts, last_tile - first_tile + 1, 0)
     ends = jnp.cumsum(spans, dtype=jnp.int32)
     item = jnp.arange(num_items, dtype=jnp.int32)
     row = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
-    row = jnp.minimum(row, q_lens.shape[0] - 1)
+    row = jnp.minimum(row, q_ends.shape[0] - 1)
     tile = jnp.clip((first_tile - ends + spans)[row] + item, 0, num_tiles - 1)
     of_core = jnp.arange(plan.row_cores + 1, dtype=jnp.int32)
     before = tile[None] < of_core[:, None] * _tiles_per_core(plan, num_tokens)
@@ -673,7 +678,8 @@ def _launch(
     items,
     tiles,
     rows,
-    cu_q_lens,
+    q_starts,
+    q_ends,
     kv_lens,
     q,
     table,
@@ -705,11 +711,13 @@ def _launch(
         results.append(result_of((*q.shape[:4], LANES), jnp.float32))
     buffer = (plan.pages, plan.num_kv_heads, plan.page_rows, plan.lanes)
     state = (plan.num_kv_heads, plan.streams, plan.stream_rows)
+    num_steps = jnp.maximum(1, jnp.max(items[1:] - items[:-1]))
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan, cap=cap, window=window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(plan.row_cores * plan.head_cores, tiles.shape[0]),
+            num_scalar_prefetch=6,
+            # As many steps as a core has items.
+            grid=(plan.row_cores * plan.head_cores, num_steps),
             in_specs=[of_tile(plan.lanes), in_hbm, in_hbm, in_hbm],
             out_specs=[of_tile(result.shape[4]) for result in results],
             scratch_shapes=[
@@ -731,4 +739,4 @@ def _launch(
         ),
         interpret=interpret,
         name="ragged_paged_attention",
-    )(items, tiles, rows, cu_q_lens, kv_lens, q, table, k_pages, v_pages)
+    )(items, tiles, rows, q_starts, q_ends, kv_lens, q, table, k_pages, v_pages)
