@@ -53,8 +53,8 @@ LENS = (0, 1, 15, 16, 17, 0, 63, 64, 65, 127, 128, 129, 300)
     "page_size, storage",
     (
         (64, "u16"),
-        (16, "f32"),
         pytest.param(64, "f32", marks=pytest.mark.slow),
+        pytest.param(16, "f32", marks=pytest.mark.slow),
         pytest.param(8, "f32", marks=pytest.mark.slow),
         pytest.param(128, "u16", marks=pytest.mark.slow),
     ),

@@ -288,7 +288,7 @@ ONE_HEAD = dict(num_heads=2, num_kv_heads=1, head_dim=128)
     "kv_lens, q_lens, sliding_window, pages, tables",
     (
         # One token a row: as in a decode step, and no tile.
-        ((40, 33), (1, 1), None, 3 + 3, 0),
+        pytest.param((40, 33), (1, 1), None, 3 + 3, 0, marks=pytest.mark.slow),
         # Tiles of 16 tokens; the second row's lie in three. Each reads up to its own end.
         ((40, 90), (1, 40), None, 3 + (5 + 6 + 6), 3),
         ((40, 90), (1, 40), 20, 2 + (4 + 4 + 3), 3),

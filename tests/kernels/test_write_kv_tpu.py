@@ -181,6 +181,19 @@ def test_no_copies_race(getkey, monkeypatch, dma_execution_mode, tiles_of_ring):
     assert not races_of(call, dma_execution_mode)[1]
 
 
+def test_a_wait_that_is_left_out_is_found(getkey, monkeypatch):
+    rng = rng_of(getkey())
+    kernel = importlib.import_module("eqx_paged.kernels.write_kv.pallas_tpu")
+    monkeypatch.setattr(kernel, "wait_for", lambda *args: None)
+    jax.clear_caches()
+    pages = [jnp.asarray(normal(rng, (2, 1, 8, 128))) for _ in range(2)]
+    new = [jnp.asarray(normal(rng, (3, 1, 128))) for _ in range(2)]
+    slots = jnp.asarray((0, 5, 9), jnp.int32)
+    _, found = races_of(lambda mode: write(interpret=mode)(*pages, *new, slots), "eager")
+    jax.clear_caches()
+    assert found
+
+
 def test_more_tokens_than_the_scalar_memory_holds_are_written_in_parts(getkey, monkeypatch):
     rng = rng_of(getkey())
     kernel = importlib.import_module("eqx_paged.kernels.write_kv.pallas_tpu")
