@@ -18,6 +18,7 @@ class Chip(NamedTuple):
     topology: str  # as libtpu names the smallest that can be compiled for
     hbm_gb_per_s: float
     clock_ghz: float
+    num_cores: int = 1  # that one program runs on
 
     def floor_cycles(self, num_bytes: int) -> float:
         """Cycles in which the memory moves so many bytes at its peak."""
@@ -25,9 +26,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip("v4:2x2x1", hbm_gb_per_s=1228 / 2, clock_ghz=1.05),
+    "v4": Chip("v4:2x2x1", hbm_gb_per_s=1228 / 2, clock_ghz=1.05, num_cores=2),
     "v5e": Chip("v5e:2x2", hbm_gb_per_s=819, clock_ghz=1.5),
-    "v5p": Chip("v5p:2x2x1", hbm_gb_per_s=2765 / 2, clock_ghz=1.75),
+    "v5p": Chip("v5p:2x2x1", hbm_gb_per_s=2765 / 2, clock_ghz=1.75, num_cores=2),
     "v6e": Chip("v6e:2x2", hbm_gb_per_s=1640, clock_ghz=1.75),
     "7x": Chip("tpu7x:2x2x1", hbm_gb_per_s=7380 / 2, clock_ghz=2.2),
 }

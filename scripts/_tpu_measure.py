@@ -15,8 +15,6 @@ import sys
 import tempfile
 import time
 
-from eqx_paged.kernels._tpu import GENERATIONS
-
 from ._tpu_cases import Case, CASES
 from ._tpu_chips import CHIPS
 from ._tpu_compile import compile_for, large_copies
@@ -112,7 +110,7 @@ def _report(case_name: str, generation: str, folder: pathlib.Path) -> Report:
     tokens = num_copies // 2 * case.copy_tokens  # as many of keys as of values
     around_tokens = case.around_tokens.get(generation, tokens)
     body, loop = steady.body, steady.body + steady.around * tokens / around_tokens
-    cores = GENERATIONS[generation].num_cores if case.by_head else 1
+    cores = CHIPS[generation].num_cores if case.by_head else 1
     row = loop + steady.outer * tokens / case.row_tokens
     final = _dump(folder, case, FINAL)
     everywhere = operations_of(schedule, whole(schedule))

@@ -28,6 +28,15 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def fresh_traces():
+    """For a test that changes what is traced: no trace from before it is used in it, and
+    none of it after."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def getkey(request):
     """A function that gives a new random key at each call, the same in every run."""
     key = jax.random.key(zlib.crc32(request.node.nodeid.encode()))

@@ -197,6 +197,16 @@ def test_imports_point_one_way(path):
         assert "eqx_paged" not in modules
 
 
+@pytest.mark.parametrize(
+    "name, value", (("pages_per_compute_block", 0), ("num_queries_per_block", -16))
+)
+def test_what_is_no_config_is_refused(name, value):
+    import eqx_paged
+
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        eqx_paged.TPUConfig(**{name: value})
+
+
 USERS = sources("models", "scripts")
 
 

@@ -291,7 +291,7 @@ def test_a_step_compiles_for_several_chips_and_moves_no_page(
     import eqx_paged
 
     seen = []
-    for op in ("paged_attention", "write_kv"):
+    for op in ("paged_attention", "ragged_paged_attention", "write_kv"):
         kernel = importlib.import_module(f"eqx_paged.kernels.{op}.pallas_tpu")
         chosen = kernel.generation
         monkeypatch.setattr(kernel, "generation", lambda: seen.append(chosen()) or seen[-1])
@@ -324,8 +324,8 @@ def test_a_step_compiles_for_several_chips_and_moves_no_page(
     )
     shapes = ((num_tokens or 4, n, head_dim) for n in (32, 8, 8))
     new = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    args = with_sharding(jax.ShapeDtypeStruct((4,), jnp.int32), P()), *new
-    args = args[0], *with_sharding(new, BY_HEAD)
+    q_lens = with_sharding(jax.ShapeDtypeStruct((4,), jnp.int32), P())
+    args = q_lens, *with_sharding(new, BY_HEAD)
 
     def call(cache, *args):
         attention = on_mesh(mesh, eqx_paged.PagedAttention())

@@ -13,8 +13,9 @@ from jax.sharding import ManualAxisType
 from ._pages import LANES
 
 
-# Rows of a float32 tile.
+# Rows of a tile, of float32 and of int8.
 SUBLANES = 8
+INT8_SUBLANES = 32
 LOG2_E = 1.4426950408889634
 SMEM_BYTES = 2**20  # of every generation
 # Pages whose copies are started in a turn of a loop.
@@ -23,23 +24,46 @@ PAGES_PER_TURN = 8
 
 @dataclasses.dataclass(frozen=True)
 class TPUConfig:
-    """How a Pallas kernel for the TPU divides its work. The default is chosen by the
-    shapes, the dtype and the TPU, so this is for measuring.
+    """How a Pallas kernel for the TPU divides its work, for measuring.
+
+    Without one, all of it is chosen by the shapes, the dtype and the TPU. With one, only
+    what is None is.
+
+    **Arguments:**
 
     - `pages_per_compute_block`: how many pages of a row are fetched and worked on at a
-        time; None chooses.
-    - `num_queries_per_block`: how many tokens of a longer row are worked on together; None
-        chooses.
-    - `inline_seq_dim`: whether one step of the grid works off as many rows as fit; if not,
-        each group of rows that is worked on together is a step.
+        time, which must make a multiple of 128 stored rows of lanes. For `ragged_mha`,
+        `ragged_mqa` and `ragged_gqa`, blocks of `block_size`; for `write_kv`, tiles that
+        are read or written together.
+    - `num_queries_per_block`: how many tokens of the longer rows of
+        `ragged_paged_attention` are worked on together, a multiple of 16.
+    - `inline_seq_dim`: whether one step of the grid of a decode kernel works off as many
+        rows as fit; if not, each group of rows that is worked on together is a step.
     - `megacore_mode`: what the two cores of a TPU v4 or v5p share out: the rows
-        (`"batch"`), the kv heads (`"kv_head"`), or nothing (None: one core works).
+        (`"batch"`), the kv heads (`"kv_head"`, not for contiguous caches), or nothing
+        (None: one core works). Nothing to `write_kv`.
+
+    **Raises:**
+
+    `ValueError` for what is no such number or mode, and, when a program with it is lowered,
+    for what does not fit the TPU.
     """
 
     pages_per_compute_block: int | None = None
     num_queries_per_block: int | None = None
     inline_seq_dim: bool = True
     megacore_mode: Literal["batch", "kv_head"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("pages_per_compute_block", "num_queries_per_block"):
+            number = getattr(self, name)
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name} must be a positive int, but is {number!r}.")
+        if self.megacore_mode not in (None, "batch", "kv_head"):
+            raise ValueError(
+                "megacore_mode must be None, 'batch' or 'kv_head', but is "
+                f"{self.megacore_mode!r}."
+            )
 
 
 class Generation(NamedTuple):
@@ -49,17 +73,18 @@ class Generation(NamedTuple):
     vmem_bytes: int
     num_cores: int  # that one program runs on, sharing their memory
     mxu_size: int
+    int8: Literal["multiplies", "unpacks"] | None  # the most it has an instruction for
 
 
 _MIB = 2**20
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v4", 16 * _MIB, num_cores=2, mxu_size=128),
-        Generation("v5e", 128 * _MIB, num_cores=1, mxu_size=128),
-        Generation("v5p", 64 * _MIB, num_cores=2, mxu_size=128),
-        Generation("v6e", 128 * _MIB, num_cores=1, mxu_size=256),
-        Generation("7x", 64 * _MIB, num_cores=1, mxu_size=256),
+        Generation("v4", 16 * _MIB, num_cores=2, mxu_size=128, int8=None),
+        Generation("v5e", 128 * _MIB, num_cores=1, mxu_size=128, int8="multiplies"),
+        Generation("v5p", 64 * _MIB, num_cores=2, mxu_size=128, int8="multiplies"),
+        Generation("v6e", 128 * _MIB, num_cores=1, mxu_size=256, int8="multiplies"),
+        Generation("7x", 64 * _MIB, num_cores=1, mxu_size=256, int8="unpacks"),
     )
 }
 # As `device_kind` says it.

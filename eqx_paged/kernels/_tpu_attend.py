@@ -27,19 +27,47 @@ def scores_of(cap, q, k, eighths):
         scores = turned.T[: q.shape[0]]
         if pushed is not None:
             scores = jnp.concatenate([scores, pushed], axis=1)
+    return capped(cap, scores)
+
+
+def capped(cap, scores):
     return scores if cap is None else cap * jnp.tanh(scores)
 
 
 def dot(a, b, axis):
-    """Contracts the last axis of `a` with `axis` of `b`, in float32."""
+    """Contracts the last axis of `a` with `axis` of `b`, in float32, or int8 in int32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
         b,
         (((1,), (axis,)), ((), ())),
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.int32 if a.dtype == jnp.int8 else jnp.float32,
     )
+
+
+# Of 8 bits each. As many give what float32 does.
+_NUM_PARTS = 3
+
+
+def int8_parts(x):
+    """Rows of numbers in [-1, 1] as rows of int8: those of the largest parts first. Each
+    further part has what is left of the one before, at most a half, 254 times."""
+    x = 127 * x
+    parts = [jnp.round(x)]
+    while len(parts) < _NUM_PARTS:
+        x = 254 * (x - parts[-1])
+        parts.append(jnp.round(x))
+    return jnp.concatenate(parts, axis=-2).astype(jnp.int8)
+
+
+def sum_of_parts(product, rows):
+    """A product with the parts of so many rows, as one with the rows themselves."""
+    parts = [
+        product[i * rows : (i + 1) * rows].astype(jnp.float32) * (1 / (127 * 254**i))
+        for i in range(_NUM_PARTS)
+    ]
+    return functools.reduce(jnp.add, reversed(parts))
 
 
 def within(token, bounds):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools as ft
 import itertools
 
@@ -42,6 +43,18 @@ def check(case, **options):
     case_config = small(rows * (lanes // head_dim), head_dim)
     how = dict(interpret=True, config=options.pop("config", case_config))
     check_paged("paged_attention", case, "pallas_tpu", how=how, **options)
+
+
+@pytest.fixture
+def as_generation(monkeypatch):
+    """Chooses as on another TPU than that which interprets."""
+    from eqx_paged.kernels import _tpu
+    from eqx_paged.kernels.paged_attention import pallas_tpu
+
+    def choose(name):
+        monkeypatch.setattr(pallas_tpu, "generation", lambda: _tpu.GENERATIONS[name])
+
+    yield choose
 
 
 # Around pages and blocks of 128 tokens, several blocks, idle rows between the others.
@@ -196,15 +209,98 @@ def test_eight_bits_a_number(getkey):
     )
 
 
+def of_eight_bits(case):
+    """A case with keys and values 32 times as large, rounded. Absent ones are garbage."""
+
+    def rounded(x):
+        return np.clip(np.round(32 * np.asarray(x, np.float32)), -127, 127)
+
+    def pool(pages):
+        return jnp.asarray(np.where(np.isnan(pages), 99, rounded(pages)), jnp.int8)
+
+    return dataclasses.replace(
+        case,
+        k_pages=pool(case.k_pages),
+        v_pages=pool(case.v_pages),
+        ks=[rounded(k) for k in case.ks],
+        vs=[rounded(v) for v in case.vs],
+    )
+
+
+@pytest.mark.parametrize(
+    "generation, heads, head_dim, storage, options",
+    (
+        ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 32)),
+        ("v6e", (16, 1), 128, "f32", dict(k_scale=1 / 32, return_residuals=True)),
+        ("v6e", (8, 2), 64, "f32-rows", dict(k_scale=1 / 20, soft_cap=2.0)),
+        ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 32, sliding_window=140)),
+        # A few keys outweigh the many whose probabilities are small.
+        ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 3)),
+    ),
+)
+def test_products_of_int8_are_as_exact_as_of_float32(
+    getkey, as_generation, generation, heads, head_dim, storage, options
+):
+    as_generation(generation)
+    case = paged_case(
+        getkey(),
+        kv_lens=(17, 0, 300, 1, 129),
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        page_size=32,
+        storage=storage,
+        sliding_window=options.get("sliding_window"),
+    )
+    check(of_eight_bits(case), **options, v_scale=1 / 32)
+
+
+@pytest.mark.parametrize(
+    "generation, head_dim, storage, num_pages",
+    # Of the last, two parts of a block that is not full are worked on one by one.
+    (
+        ("v4", 128, "f32", 8),
+        ("v4", 64, "f32-rows", 8),
+        ("7x", 128, "f32", 8),
+        ("7x", 128, "f32", 32),
+    ),
+)
+def test_eight_bits_on_a_tpu_without_products_of_int8(
+    getkey, as_generation, generation, head_dim, storage, num_pages
+):
+    as_generation(generation)
+    case = paged_case(
+        getkey(),
+        kv_lens=(700, 0, 17, 1),
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=head_dim,
+        page_size=32 * 128 // head_dim,  # whole tiles
+        storage=storage,
+        q_dtype="bfloat16",
+        sliding_window=640,
+    )
+    options = dict(k_scale=1 / 32, v_scale=1 / 32, sliding_window=640)
+    blocks = config(pages_per_compute_block=num_pages)
+    check(of_eight_bits(case), **options, config=blocks)
+
+
 RACED = dict(kv_lens=(5, 0, 40, 33), num_heads=2, num_kv_heads=2, head_dim=128)
 
 
 @both_dma_modes
-def test_no_access_races(getkey, dma_execution_mode):
+@pytest.mark.parametrize(
+    "page_size, kv_lens",
+    # Rows within a block; and blocks that are seen whole, while the next one is full.
+    ((16, RACED["kv_lens"]), (128, (512, 512, 0, 640))),
+)
+def test_no_access_races(getkey, dma_execution_mode, page_size, kv_lens):
     import eqx_paged
 
-    case = paged_case(getkey(), **RACED, page_size=16)
-    attend = ft.partial(eqx_paged.paged_attention, *case.decode_args, config=small(16, 128))
+    case = paged_case(getkey(), **{**RACED, "kv_lens": kv_lens}, page_size=page_size)
+    attend = ft.partial(
+        eqx_paged.paged_attention, *case.decode_args, config=small(page_size, 128)
+    )
     out, found = races_of(
         lambda mode: attend(implementation="pallas_tpu", interpret=mode), dma_execution_mode
     )
@@ -213,22 +309,56 @@ def test_no_access_races(getkey, dma_execution_mode):
 
 
 @both_dma_modes
-def test_a_wait_that_is_left_out_is_found(getkey, monkeypatch, dma_execution_mode):
+def test_a_wait_that_is_left_out_is_found(
+    getkey, fresh_traces, monkeypatch, dma_execution_mode
+):
     import eqx_paged
     from eqx_paged.kernels import _tpu
 
     monkeypatch.setattr(_tpu.PageFetch, "wait", lambda fetch, count: None)
     case = paged_case(getkey(), **RACED, page_size=16)
-    jax.clear_caches()
     attend = ft.partial(eqx_paged.paged_attention, *case.decode_args, config=small(16, 128))
     out, found = races_of(
         lambda mode: attend(implementation="pallas_tpu", interpret=mode), dma_execution_mode
     )
-    jax.clear_caches()
     if dma_execution_mode == "eager":
         assert found
     else:  # a copy that is made when it is waited for is not made at all
         assert not np.allclose(out, attend(implementation="xla"), atol=2e-5)
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("num_kv_heads", (1, 8))
+@pytest.mark.parametrize("pages_per_seq", (1, 1500, 30000))
+def test_tables_fit_the_scalar_memory_and_few_rows_are_added(
+    generation, num_kv_heads, pages_per_seq
+):
+    from eqx_paged.kernels import _tpu
+    from eqx_paged.kernels.paged_attention import pallas_tpu
+
+    chip = _tpu.GENERATIONS[generation]
+    pool = jnp.zeros((1, num_kv_heads, 16, 128), jnp.bfloat16)
+    for num_seqs in (1, 2, 7, 44, 64, 86, 172, 500):
+        q = jnp.zeros((num_seqs, 4 * num_kv_heads, 128), jnp.bfloat16)
+        config = pallas_tpu.default_config(chip)
+        plan = pallas_tpu.plan_of(q, pool, pages_per_seq, config, chip)
+        assert 4 * plan.rows_per_call * (pages_per_seq + 2) < _tpu.SMEM_BYTES * 3 / 4
+        groups_added = plan.steps + plan.num_calls * plan.row_cores
+        added = plan.num_calls * plan.rows_per_call - num_seqs
+        assert 0 <= added <= groups_added * plan.rows * plan.row_cores
+
+
+@pytest.mark.slow
+def test_tables_larger_than_the_scalar_memory_are_worked_off_in_parts(
+    getkey, fresh_traces, monkeypatch
+):
+    from eqx_paged.kernels.paged_attention import pallas_tpu
+
+    monkeypatch.setattr(pallas_tpu, "SMEM_BYTES", 2 * 4 * 12 * 4)
+    case = paged_case(
+        getkey(), kv_lens=(17, 0, 200, 1, 129, 5, 90), head_dim=128, page_size=64
+    )
+    check(case)
 
 
 # --- What the compiler says

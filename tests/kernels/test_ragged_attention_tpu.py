@@ -227,22 +227,20 @@ def test_no_access_races(getkey, dma_execution_mode, num_kv_heads, inline_seq_di
     assert not found
 
 
-def test_a_wait_that_is_left_out_is_found(getkey, monkeypatch):
+def test_a_wait_that_is_left_out_is_found(getkey, fresh_traces, monkeypatch):
     from jax._src.pallas.mosaic.primitives import AsyncCopyDescriptor
 
     monkeypatch.setattr(AsyncCopyDescriptor, "wait", lambda copy: None)
-    jax.clear_caches()
     case = ragged_case(
         getkey(), windows=((3, 40),), size=64, num_heads=2, num_kv_heads=1, head_dim=128
     )
     _, found = races_of(
         lambda mode: run("ragged_gqa", "pallas_tpu", case.args, interpret=mode), "eager"
     )
-    jax.clear_caches()
     assert found
 
 
-def test_blocks_outside_the_windows_are_not_fetched(getkey, monkeypatch):
+def test_blocks_outside_the_windows_are_not_fetched(getkey, fresh_traces, monkeypatch):
     # Counts the copies of the interpreter.
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

@@ -145,7 +145,7 @@ def test_few_queries_in_a_large_tile(getkey, sliding_window):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "num_heads, num_kv_heads, page_size",
-    ((7, 1, 8), (9, 3, 32), (16, 1, 64), (2, 2, 128), (8, 4, 16)),
+    ((7, 1, 8), (9, 3, 32), (16, 1, 64), (2, 2, 128), (2, 1, 256), (8, 4, 16)),
 )
 def test_shapes_of_heads_and_pages(getkey, num_heads, num_kv_heads, page_size):
     case = paged_case(
@@ -217,6 +217,16 @@ def test_ways_to_share_out_the_work(getkey, mode):
     check_all(cases, config=shared)
 
 
+def test_a_core_without_items_stays_within_the_arrays(getkey):
+    # Of a TPU v4, as by default. InterpretParams, unlike True, keeps to its blocks.
+    import eqx_paged
+
+    case = paged_case(getkey(), kv_lens=(20, 9), q_lens=(9, 7), **ONE_HEAD)
+    attend = ft.partial(eqx_paged.ragged_paged_attention, *case.mixed_args)
+    out = attend(implementation="pallas_tpu", interpret=pltpu.InterpretParams())
+    assert_close(out, expected_paged(case)[0])
+
+
 @pytest.mark.slow
 def test_contexts_of_thousands_of_tokens_by_the_chosen_plan(getkey):
     case = paged_case(
@@ -275,9 +285,7 @@ def copies_in(call, monkeypatch):
         return start(*args, **kwargs)
 
     monkeypatch.setattr(interpret_pallas_call, "dma_start", counted)
-    jax.clear_caches()
     jax.block_until_ready(call(pltpu.InterpretParams()))
-    jax.clear_caches()
     return len(starts)
 
 
@@ -295,7 +303,7 @@ ONE_HEAD = dict(num_heads=2, num_kv_heads=1, head_dim=128)
     ),
 )
 def test_pages_that_no_query_sees_are_not_fetched(
-    getkey, monkeypatch, kv_lens, q_lens, sliding_window, pages, tables
+    getkey, fresh_traces, monkeypatch, kv_lens, q_lens, sliding_window, pages, tables
 ):
     import eqx_paged
 
@@ -318,10 +326,20 @@ def test_pages_that_no_query_sees_are_not_fetched(
 
 
 @both_dma_modes
-def test_no_access_races(getkey, dma_execution_mode):
+@pytest.mark.parametrize(
+    "page_size, kv_lens, q_lens",
+    (
+        (16, (5, 150, 0, 40), (1, 20, 0, 7)),
+        # Blocks that are seen whole, while the next one is full.
+        (128, (512, 640, 384), (3, 17, 1)),
+    ),
+)
+def test_no_access_races(getkey, dma_execution_mode, page_size, kv_lens, q_lens):
     import eqx_paged
 
-    case = paged_case(getkey(), kv_lens=(5, 150, 0, 40), q_lens=(1, 20, 0, 7), **ONE_HEAD)
+    case = paged_case(
+        getkey(), kv_lens=kv_lens, q_lens=q_lens, page_size=page_size, **ONE_HEAD
+    )
     attend = ft.partial(
         eqx_paged.ragged_paged_attention, *case.mixed_args, config=small(case)
     )
@@ -336,21 +354,19 @@ def test_no_access_races(getkey, dma_execution_mode):
     "name",
     ("wait", pytest.param("wait_all", marks=pytest.mark.slow)),
 )
-def test_a_wait_that_is_left_out_is_found(getkey, monkeypatch, name):
+def test_a_wait_that_is_left_out_is_found(getkey, fresh_traces, monkeypatch, name):
     import eqx_paged
     from eqx_paged.kernels import _tpu
 
     monkeypatch.setattr(_tpu.PageFetch, name, lambda fetch, *count: None)
     # Two blocks, of which the first is seen whole while the next one is full.
     case = paged_case(getkey(), kv_lens=(256,), q_lens=(3,), **ONE_HEAD)
-    jax.clear_caches()
     attend = ft.partial(
         eqx_paged.ragged_paged_attention, *case.mixed_args, config=small(case)
     )
     _, found = races_of(
         lambda mode: attend(implementation="pallas_tpu", interpret=mode), "eager"
     )
-    jax.clear_caches()
     assert found
 
 

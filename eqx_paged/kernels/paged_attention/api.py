@@ -75,8 +75,8 @@ def paged_attention(
         [`eqx_paged.merge_residuals`][]. Not together with `sinks`.
     - `implementation`: `"xla"`; `"pallas_tpu"`, which has no gradient; or None to let the
         platform decide.
-    - `interpret`: whether to interpret a Pallas kernel on the CPU, which is slow; or how,
-        by `pltpu.InterpretParams`.
+    - `interpret`: runs the Pallas kernel that `implementation` names on a CPU, slowly:
+        True, or `pltpu.InterpretParams`, which can look for races.
     - `config`: how a Pallas kernel for the TPU divides its work; None chooses.
 
     **Returns:**

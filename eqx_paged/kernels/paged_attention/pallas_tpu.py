@@ -7,9 +7,10 @@ Reads     each live page once, all heads in one copy; pages past the end of a ro
           in the other slot, across groups and steps.
 Scratch   K and V of two blocks, each slot an array of its own: with one array and a
           traced slot number the compiler lets no copy start beside a load.
-State     running max `m`, running sum `l` (one partial sum a lane), accumulator `acc`;
-          float32, carried as values.
-Limits    lanes a multiple of 128, one dtype for K and V, a row's table within SMEM.
+          Running max `m`, running sum `l` (one partial sum a lane), accumulator `acc`:
+          float32, not carried as values, which every branch would move.
+Limits    lanes a multiple of 128, one dtype for K and V, no float16, and two rows' tables
+          within the scalar memory.
 
 What makes it fast is in docs/tpu.md.
 """
@@ -28,6 +29,7 @@ from .._pages import LANES, tokens_per_row, values_of
 from .._tpu import (
     Generation,
     generation,
+    INT8_SUBLANES,
     iota,
     LOG2_E,
     PageFetch,
@@ -40,13 +42,16 @@ from .._tpu import (
 )
 from .._tpu_attend import (
     add_softmax,
+    capped,
     clear,
     dot,
     finished,
     float_of,
     HIDDEN,
+    int8_parts,
     scale,
     scores_of,
+    sum_of_parts,
     within,
 )
 
@@ -65,8 +70,17 @@ def unsupported(
         return f"its pages must have a multiple of {LANES} lanes, not {lanes}"
     if k_pages.dtype != v_pages.dtype:
         return f"K and V must have one dtype, not {k_pages.dtype} and {v_pages.dtype}"
-    if _rows_of_tables(page_indices.shape[1]) < 4:
-        return f"a table of {page_indices.shape[1]} pages a row is too wide for its memory"
+    page_rows = k_pages.shape[2]
+    if LANES % page_rows != 0 and page_rows % LANES != 0:
+        return f"its pages must have rows that divide {LANES}, or the reverse: {page_rows}"
+    pages_per_seq = page_indices.shape[1]
+    if _rows_of_tables(pages_per_seq) < 2:  # one for each of two cores
+        return f"a table of {pages_per_seq} pages a row is too wide for its memory"
+    chip = generation()
+    try:
+        plan_of(q, k_pages, pages_per_seq, default_config(chip), chip)
+    except ValueError as error:
+        return f"on a TPU {chip.name}: {error}"
     return None
 
 
@@ -80,6 +94,8 @@ def _rows_of_tables(pages_per_seq: int) -> int:
 
 # Of a block's keys as they are multiplied: as much as a program of modest size works off.
 _BLOCK_BYTES = 2**21
+# Of each row, that are worked on at once in a large block that is not full.
+_PART_ROWS = 512
 
 
 class Plan(NamedTuple):
@@ -92,8 +108,12 @@ class Plan(NamedTuple):
     page_rows: int
     rows: int  # sequences that are worked on together
     pages: int  # of each of them in a block
+    masked_pages: int  # of these worked on at a time where some are not there
     heads: int  # of a tile of queries
-    streamed: int  # eighths of every other tile's keys whose scores are computed turned
+    # Eighths of the keys whose scores are computed turned, in even and in odd tiles.
+    streamed: tuple[int, int]
+    int8: bool  # whether keys and values are multiplied as such
+    by_bytes: bool  # whether int8 is converted four rows at a time
     groups_per_step: int
     steps: int
     num_calls: int  # each with as much of the table as fits
@@ -148,12 +168,21 @@ def plan_of(
     # those of several rows, which short rows need the more.
     rows = min(4 if tiles == 1 else 2, pl.next_power_of_2(num_seqs))
     row_bytes = 4 * num_kv_heads * lanes * k_pages.dtype.itemsize
-    while rows > 1 and LANES * rows * row_bytes > chip.vmem_bytes // 2:
+    max_rows = _rows_of_tables(pages_per_seq) // row_cores
+    while rows > 1 and (
+        rows > max_rows or max(LANES, page_rows) * rows * row_bytes > chip.vmem_bytes // 2
+    ):
         rows //= 2
     row_bytes *= rows
+    is_int8 = k_pages.dtype == jnp.int8
+    int8 = is_int8 and chip.int8 == "multiplies"
+    token_bytes = num_kv_heads * rows * lanes * q.dtype.itemsize
+    # With half of all keys streamed, larger blocks take fewer cycles; but short rows more,
+    # so only where else the instructions would set the pace.
+    large = is_int8 and chip.int8 == "unpacks"
     pages = config.pages_per_compute_block
     if pages is None:
-        length = _BLOCK_BYTES // (num_kv_heads * rows * lanes * q.dtype.itemsize)
+        length = _BLOCK_BYTES * (2 if large else 1) // token_bytes
         length = min(length, pages_per_seq * page_rows)
         length = max(LANES, pl.next_power_of_2(length))
         while length > LANES and length * row_bytes > chip.vmem_bytes // 2:
@@ -164,9 +193,11 @@ def plan_of(
             f"pages_per_compute_block={pages} makes blocks of {pages * page_rows} rows of "
             f"{lanes} lanes, which must be a multiple of {LANES}."
         )
+    large &= pages * page_rows > _PART_ROWS
     # Queries and results of a step, which the pipeline holds twice.
     queries = _whole_tiles(heads * streams * group)
-    group_bytes = 2 * rows * tiles * queries * lanes * (heads * q.dtype.itemsize + 8)
+    query_bytes = heads * 4 + 4 if int8 else heads * q.dtype.itemsize
+    group_bytes = 2 * rows * tiles * queries * lanes * (query_bytes + 8)
     fitting = max(1, chip.vmem_bytes // 8 // group_bytes)
     needed = pages * page_rows * row_bytes + group_bytes
     limit = chip.vmem_bytes * 7 // 8
@@ -175,9 +206,10 @@ def plan_of(
             f"Blocks of {pages} pages of {rows} rows need {needed} bytes of VMEM, but "
             f"there are {limit}: choose a smaller pages_per_compute_block."
         )
-    num_calls = -(-num_seqs // _rows_of_tables(pages_per_seq))
-    groups = -(-num_seqs // (num_calls * rows * row_cores))
-    groups_per_step = min(groups, fitting) if config.inline_seq_dim else 1
+    groups = pl.cdiv(num_seqs, rows * row_cores)  # of a core
+    num_calls = pl.cdiv(groups, max_rows // rows)
+    groups = pl.cdiv(groups, num_calls)
+    steps = pl.cdiv(groups, fitting) if config.inline_seq_dim else groups
     return Plan(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -186,10 +218,13 @@ def plan_of(
         page_rows=page_rows,
         rows=rows,
         pages=pages,
+        masked_pages=_masked_pages(pages, page_rows) if large else pages,
         heads=heads,
-        streamed=4 if chip.mxu_size == 256 and tiles > 1 else 0,
-        groups_per_step=groups_per_step,
-        steps=-(-groups // groups_per_step),
+        streamed=_streamed(chip, tiles, queries, large, int8),
+        int8=int8,
+        by_bytes=is_int8 and chip.int8 is None and page_rows % INT8_SUBLANES == 0,
+        groups_per_step=pl.cdiv(groups, steps),
+        steps=steps,
         num_calls=num_calls,
         row_cores=row_cores,
         head_cores=head_cores,
@@ -214,6 +249,20 @@ def cores_of(config: TPUConfig, chip: Generation, num_kv_heads: int) -> tuple[in
     return 1, chip.num_cores
 
 
+def _masked_pages(pages: int, page_rows: int) -> int:
+    """So many that short rows of a wide table are not worked on as if they were long."""
+    part = _PART_ROWS // page_rows
+    return part if part > 0 and pages % part == 0 else pages
+
+
+def _streamed(
+    chip: Generation, tiles: int, queries: int, large: bool, int8: bool
+) -> tuple[int, int]:
+    if chip.mxu_size != 256 or tiles == 1 or queries > LANES or int8:
+        return 0, 0
+    return 4, 4 if large else 0
+
+
 def _whole_tiles(rows: int) -> int:
     return -(-rows // SUBLANES) * SUBLANES
 
@@ -231,7 +280,7 @@ def _kernel(
     starts_ref,  # [num_seqs] in SMEM
     ends_ref,  # [num_seqs]
     table_ref,  # [num_seqs * pages_per_seq]
-    q_ref,  # [groups_per_step * rows, tiles, queries, heads * lanes]
+    q_refs,  # of [groups_per_step * rows, tiles, queries, heads * lanes], or see _in_int8
     k_hbm,  # [num_pages, num_kv_heads, page_rows, lanes]
     v_hbm,
     out_ref,  # [groups_per_step * rows, tiles, queries, lanes]
@@ -312,7 +361,7 @@ def _kernel(
         ]
         pages_of_rows = [pl.cdiv(length, page_size) for length in lengths]
         num_blocks = pl.cdiv(functools.reduce(jnp.maximum, lengths), block_size)
-        q = functools.partial(_queries, q_ref, i * plan.rows)
+        q = functools.partial(_queries, q_refs, i * plan.rows)
 
         def after(block):
             last = block + 1 >= num_blocks
@@ -357,7 +406,13 @@ def _kernel(
             for fetch in fetches[slot]:
                 fetch.wait(live)
             bounds = bounds_of(block)
-            _attend(plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state, bounds)
+            attend = functools.partial(
+                _attend, plan, cap, (k0, k1)[slot], (v0, v1)[slot], q, state
+            )
+            if plan.masked_pages == plan.pages:
+                attend(bounds)
+            else:
+                _attend_by_parts(plan, attend, bounds)
 
         bodies = [
             functools.partial(body, slot) for body in (masked, steady) for slot in (0, 1)
@@ -399,58 +454,103 @@ def _kernel(
     slot_ref[0] = jax.lax.fori_loop(0, plan.groups_per_step, work_off_group, slot_ref[0])
 
 
-def _queries(q_ref, first, row, tile):
-    return q_ref[first + row, tile]
+def _queries(q_refs, first, row, tile):
+    return [ref[first + row, tile] for ref in q_refs]
 
 
-def _attend(plan, cap, k_ref, v_ref, q, state, bounds):
-    """Adds a block to the state. First all scores, then each tile's softmax and values."""
+def _attend(plan, cap, k_ref, v_ref, q, state, bounds, first=0):
+    """Adds a block, or some pages of it from the `first` on, to the state. First all
+    scores, then each tile's softmax and values."""
+    pages = (first, plan.pages if bounds is None else plan.masked_pages)
     m_ref, l_ref, acc_ref = state
     parts = [(row, tile) for row in range(plan.rows) for tile in range(plan.tiles)]
-    dtype = q.args[0].dtype
+    dtype = q.args[0][0].dtype
     scores = []
     for row, tile in parts:
-        k = _side_by_side(plan, k_ref, row, tile, dtype)
+        k = _side_by_side(plan, k_ref, row, tile, pages, dtype)
         if bounds is not None and plan.streams > 1:
             # A token that was written may share its row of lanes with one that was not.
             k = jnp.where(_written(plan, bounds[row], k.shape), k, jnp.zeros_like(k))
-        scores.append(
-            scores_of(cap, q(row, tile), k, plan.streamed if tile % 2 == 0 else 0)
-        )
+        scores.append(_scores(plan, cap, q(row, tile), k, plan.streamed[tile % 2]))
     softmaxes = []
     for part, ((row, _), s) in enumerate(zip(parts, scores, strict=True)):
         if bounds is not None:
             s = jnp.where(_visible(plan, bounds[row], s.shape), s, HIDDEN)
-        p, m_ref[part], l_ref[part], alpha = add_softmax(s, m_ref[part], l_ref[part], dtype)
-        softmaxes.append((p, alpha))
+        p, m_ref[part], l_ref[part], alpha = add_softmax(
+            s, m_ref[part], l_ref[part], jnp.float32 if plan.int8 else dtype
+        )
+        softmaxes.append((int8_parts(p) if plan.int8 else p, alpha))
     for part, ((row, tile), (p, alpha)) in enumerate(zip(parts, softmaxes, strict=True)):
-        v = _side_by_side(plan, v_ref, row, tile, dtype)
+        v = _side_by_side(plan, v_ref, row, tile, pages, dtype)
         if bounds is not None:
             v = jnp.where(_written(plan, bounds[row], v.shape), v, jnp.zeros_like(v))
-        own = _own_lanes(plan, dot(p, v, 0))
-        acc_ref[part] = scale(acc_ref[part], alpha) + own
+        product = dot(p, v, 0)
+        if plan.int8:
+            product = sum_of_parts(product, plan.queries)
+        acc_ref[part] = scale(acc_ref[part], alpha) + _own_lanes(plan, product)
 
 
-def _side_by_side(plan, ref, row, tile, dtype):
+def _scores(plan, cap, q, k, eighths):
+    if not plan.int8:
+        return scores_of(cap, q[0], k, eighths)
+    parts, largest = q
+    product = sum_of_parts(dot(parts, k, 1), plan.queries)
+    return capped(cap, scale(product, largest))
+
+
+def _attend_by_parts(plan, attend, bounds):
+    """`attend(bounds, first)` to as many parts of a block as the longest row has."""
+    size = plan.masked_pages * plan.page_size
+    longest = functools.reduce(jnp.maximum, [hi for _, hi in bounds])
+
+    def attend_part(i, _):
+        passed = i * size
+        attend(
+            [(None if lo is None else lo - passed, hi - passed) for lo, hi in bounds],
+            i * plan.masked_pages,
+        )
+        return 0
+
+    num_parts = pl.cdiv(jnp.minimum(longest, plan.block_size), size)
+    jax.lax.fori_loop(0, num_parts, attend_part, 0)
+
+
+def _side_by_side(plan, ref, row, tile, pages, dtype):
     """The keys or values of a row and a tile's heads, `[page_rows, heads * lanes]`."""
+    first, count = pages
     parts = [
-        ref[pl.ds(row * plan.pages, plan.pages), tile * plan.heads + head]
-        .reshape(plan.pages * plan.page_rows, plan.lanes)
-        .astype(dtype)
+        ref[pl.ds(row * plan.pages + first, count), tile * plan.heads + head].reshape(
+            count * plan.page_rows, plan.lanes
+        )
         for head in range(plan.heads)
     ]
+    convert = _by_bytes if plan.by_bytes else jnp.astype
+    parts = [convert(part, dtype) for part in parts]
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _by_bytes(x, dtype):
+    """Rows of int8 in another dtype, in the order of `_place`: the first bytes of all
+    words, each of which holds four rows, then the second ones."""
+    words = pltpu.bitcast(x, jnp.int32)
+    rows = [(words << (24 - 8 * byte)) >> 24 for byte in range(4)]
+    return jnp.concatenate([x.astype(jnp.float32).astype(dtype) for x in rows], axis=0)
+
+
+def _place(plan, i, size):
+    """Where the `i`-th of as many rows of lanes is stored."""
+    return i % (size // 4) * 4 + i // (size // 4) if plan.by_bytes else i
 
 
 def _visible(plan, bounds, shape):
     row = iota(shape, 0)
     stream = jax.lax.rem(row // plan.group, plan.streams) if plan.streams > 1 else 0
-    token = iota(shape, 1) * plan.streams + stream
+    token = _place(plan, iota(shape, 1), shape[1]) * plan.streams + stream
     return within(token, bounds)
 
 
 def _written(plan, bounds, shape):
-    token = iota(shape, 0) * plan.streams
+    token = _place(plan, iota(shape, 0), shape[0]) * plan.streams
     if plan.streams > 1:
         token += jax.lax.rem(iota(shape, 1), plan.lanes) // plan.head_dim
     return within(token, bounds)
@@ -499,6 +599,8 @@ def paged_attention(
     chip = generation()
     config = default_config(chip) if config is None else config
     plan = plan_of(q, k_pages, page_indices.shape[1], config, chip)
+    # What there should not be: more tokens than the table has places for.
+    kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * plan.page_size)
     order, unsorted = _orders(kv_lens, sliding_window)
     padding = plan.num_calls * plan.rows_per_call - q.shape[0]
     q_sorted, ends, table = (
@@ -512,7 +614,8 @@ def paged_attention(
     factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
     kept = float_of(values_of(k_pages).dtype)
     dtype = kept if q.dtype == kept else jnp.float32
-    tiles = _tiles_of_queries(plan, q_sorted, factor, k_scale).astype(dtype)
+    tiles = _tiles_of_queries(plan, q_sorted, factor, k_scale)
+    queries = _in_int8(tiles) if plan.int8 else (tiles.astype(dtype),)
     plain = plan.streams == 1 and v_scale is None and sinks is None
     launch = functools.partial(
         _launch,
@@ -525,11 +628,16 @@ def paged_attention(
         with_ml=return_residuals or not plain,
         interpret=interpret,
     )
-    calls = [
-        launch(*(x[i : i + plan.rows_per_call] for x in (starts, ends, table, tiles)))
-        for i in range(0, len(ends), plan.rows_per_call)
-    ]
-    out, *ml = (jnp.concatenate(parts)[unsorted] for parts in zip(*calls, strict=True))
+    by_row = (starts, ends, table, queries)
+    if plan.num_calls == 1:
+        results = launch(*by_row)
+    else:
+        by_call = jax.tree.map(
+            lambda x: x.reshape(plan.num_calls, plan.rows_per_call, *x.shape[1:]), by_row
+        )
+        results = jax.lax.map(lambda of_call: launch(*of_call), by_call)
+        results = [x.reshape(-1, *x.shape[2:]) for x in results]
+    out, *ml = (x[unsorted] for x in results)
     if not ml:
         rows = plan.heads * plan.group
         return (out[:, :, :rows, : plan.head_dim].reshape(q.shape),)
@@ -562,6 +670,15 @@ def _tiles_of_queries(plan, q, factor, k_scale):
     rows = plan.heads * plan.streams * plan.group
     q = q.reshape(num_seqs, -1, rows, plan.heads * plan.lanes)
     return jnp.pad(q, ((0, 0), (0, 0), (0, plan.queries - rows), (0, 0)))
+
+
+def _in_int8(tiles):
+    """Queries in parts of 8 bits, and the largest number of each in all lanes."""
+    largest = jnp.max(jnp.abs(tiles), axis=-1, keepdims=True)
+    parts = int8_parts(tiles / jnp.where(largest > 0, largest, 1))
+    padding = -parts.shape[2] % INT8_SUBLANES
+    parts = jnp.pad(parts, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    return parts, jnp.broadcast_to(largest, (*largest.shape[:3], LANES))
 
 
 def _merged(plan, out, ml, sinks):
@@ -617,9 +734,10 @@ def _launch(
         return pl.BlockSpec((rows, plan.tiles, *shape[2:]), block)
 
     pool = pl.BlockSpec(memory_space=pl.ANY)
-    results = [result_of((*q.shape[:3], plan.lanes), dtype)]
+    shape = (*q[0].shape[:2], plan.queries)
+    results = [result_of((*shape, plan.lanes), dtype)]
     if with_ml:
-        results.append(result_of((*q.shape[:3], LANES), jnp.float32))
+        results.append(result_of((*shape, LANES), jnp.float32))
     state = (plan.rows * plan.tiles, plan.queries)
     buffer = (plan.rows * plan.pages, plan.num_kv_heads, plan.page_rows, plan.lanes)
     return pl.pallas_call(
@@ -627,7 +745,7 @@ def _launch(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(plan.row_cores * plan.head_cores, plan.steps),
-            in_specs=[of_step(q.shape), pool, pool],
+            in_specs=[tuple(of_step(x.shape) for x in q), pool, pool],
             out_specs=[of_step(result.shape) for result in results],
             scratch_shapes=[
                 *[pltpu.VMEM(buffer, k_pages.dtype)] * 4,

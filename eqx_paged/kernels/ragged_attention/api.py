@@ -53,10 +53,9 @@ def ragged_gqa(
     - `block_size`: how many positions are read at a time. Blocks outside every row's
         window are not read; on a TPU, none outside a row's own.
     - `implementation`: `"xla"`, `"pallas_tpu"`, or None to let the platform decide.
-    - `interpret`: runs the kernel that `implementation` names on a CPU: True, or
-        `InterpretParams`, which can look for races.
-    - `config`: how the TPU kernel divides its work, for measuring; its "pages" are blocks
-        of `block_size`. None chooses.
+    - `interpret`: runs the Pallas kernel that `implementation` names on a CPU, slowly:
+        True, or `pltpu.InterpretParams`, which can look for races.
+    - `config`: how a Pallas kernel for the TPU divides its work; None chooses.
     - the other options: as in [`eqx_paged.paged_attention`][].
 
     **Returns:**
@@ -350,7 +349,7 @@ def ragged_chunk_attention(
 def _chunk_traced_once(operands, *, implementation, **options):
     options |= dict(k_scale=None, v_scale=None)
     kernel = choose(
-        "ragged_gqa",
+        "ragged_gqa with several queries a row",
         implementation,
         {"xla": lambda operands: xla.ragged_chunk_attention(**operands, **options)},
         results=attention_results(operands["q"]),

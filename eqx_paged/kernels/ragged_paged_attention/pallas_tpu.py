@@ -12,7 +12,7 @@ Scratch   K and V of two blocks, each slot an array of its own: with one array a
           traced slot number the compiler lets no copy start beside a load.
 State     running max `m`, running sum `l` (one partial sum a lane), accumulator `acc`;
           float32, in scratch.
-Limits    lanes a multiple of 128, one dtype for K and V.
+Limits    as the decode kernel has them.
 """
 
 import functools
@@ -54,7 +54,26 @@ _BLOCK_ROWS = 1024
 _UNIT_KEYS = 256
 
 
-unsupported = decode_tpu.unsupported
+# --- Limits
+
+
+def unsupported(
+    q: Array, k_pages: Array, v_pages: Array, page_indices: Array
+) -> str | None:
+    """Why this kernel cannot run, or None."""
+    why = decode_tpu.unsupported(q, k_pages, v_pages, page_indices)
+    if why is not None:
+        return why
+    chip = generation()
+    config = default_config(k_pages.shape[1], chip)
+    try:
+        plan_of(q, k_pages, page_indices.shape[1], config, chip)
+    except ValueError as error:
+        return f"on a TPU {chip.name}: {error}"
+    return None
+
+
+# --- Block sizes
 
 
 class Plan(NamedTuple):
@@ -94,6 +113,14 @@ class Plan(NamedTuple):
         return self.pages * self.page_size
 
 
+def default_config(num_kv_heads: int, chip: Generation) -> TPUConfig:
+    """All cores of a chip share the heads, or else the tiles."""
+    if chip.num_cores == 1:
+        return TPUConfig()
+    shared = num_kv_heads % chip.num_cores == 0
+    return TPUConfig(megacore_mode="kv_head" if shared else "batch")
+
+
 def plan_of(
     q: Array, k_pages: Array, pages_per_seq: int, config: TPUConfig, chip: Generation
 ) -> Plan:
@@ -123,6 +150,7 @@ def plan_of(
     unit_rows = queries * group
     while unit_rows > _TILE_ROWS and unit_rows % (2 * _ALIGNED_ROWS) == 0:
         unit_rows //= 2
+    limit = chip.vmem_bytes * 7 // 8
     # K and V of two blocks, and scores and probabilities of what is computed at once.
     key_bytes = 4 * num_kv_heads * lanes * k_pages.dtype.itemsize
     key_bytes += 2 * 4 * heads * unit_rows
@@ -130,15 +158,15 @@ def plan_of(
     if pages is None:
         length = pl.next_power_of_2(pages_per_seq * page_rows)
         length = min(length, 2 * _BLOCK_ROWS // q.dtype.itemsize)
-        while length * key_bytes > chip.vmem_bytes // 2:
+        room = min(chip.vmem_bytes // 2, limit - queries * query_bytes)
+        while length > LANES and length * key_bytes > room:
             length //= 2
-        pages = max(LANES, length) // page_rows
+        pages = max(1, max(LANES, length) // page_rows)
     elif pages < 1 or pages * page_rows % LANES != 0:
         raise ValueError(
             f"pages_per_compute_block={pages} makes blocks of {pages * page_rows} rows of "
             f"{lanes} lanes, which must be a multiple of {LANES}."
         )
-    limit = chip.vmem_bytes * 7 // 8
     needed = queries * query_bytes + pages * page_rows * key_bytes
     if needed > limit:
         raise ValueError(
@@ -336,11 +364,11 @@ def _kernel(
 
             def work_off_keys(i, _):
                 pages = pl.ds(i * unit, unit)
-                hidden = _Hidden(plan, item, window, begin + i * unit * plan.page_size)
+                seen = _Seen(plan, item, window, begin + i * unit * plan.page_size)
 
                 def work_off_heads(turn, _):
                     for units in units_of(plan, turn):
-                        _attend(plan, cap, q_ref, kv[slot], state, units, pages, hidden)
+                        _attend(plan, cap, q_ref, kv[slot], state, units, pages, seen)
                     return 0
 
                 turns = plan.num_kv_heads // plan.heads
@@ -384,8 +412,8 @@ def _kernel(
         work_off(item, item_of(index + 1))
 
 
-class _Hidden(NamedTuple):
-    """Which keys a unit of rows does not see."""
+class _Seen(NamedTuple):
+    """Which keys a unit of rows sees."""
 
     plan: Plan
     item: _Item
@@ -400,15 +428,15 @@ class _Hidden(NamedTuple):
         seen = row >= token * plan.group
         if self.window is not None:
             seen &= row < (token + self.window) * plan.group
-        return ~seen
+        return seen
 
     def of_keys(self, shape):
-        """Never seen by any query."""
+        """Seen by some query."""
         plan, item = self.plan, self.item
         token = self.begin + iota(shape, 0) * plan.streams
         if plan.streams > 1:
             token += iota(shape, 1) // plan.head_dim
-        return ~within(token, (item.seen_from, item.seen_to))
+        return within(token, (item.seen_from, item.seen_to))
 
 
 class _Unit(NamedTuple):
@@ -444,7 +472,7 @@ def _few_units(first, plan, turn):
     ]
 
 
-def _attend(plan, cap, q_ref, kv_refs, state, units, pages, hidden=None):
+def _attend(plan, cap, q_ref, kv_refs, state, units, pages, seen=None):
     """Adds some keys to the state of some heads' rows of queries: first all scores, then
     each head's softmax and values."""
     k_ref, v_ref = kv_refs
@@ -457,19 +485,19 @@ def _attend(plan, cap, q_ref, kv_refs, state, units, pages, hidden=None):
     all_scores = []
     for unit in units:
         k = keys(k_ref, unit.head)
-        if hidden is not None and plan.streams > 1:
+        if seen is not None and plan.streams > 1:
             # A token that was written may share its row of lanes with one that was not.
-            k = jnp.where(hidden.of_keys(k.shape), jnp.zeros_like(k), k)
+            k = jnp.where(seen.of_keys(k.shape), k, jnp.zeros_like(k))
         scores = dot(q_ref[unit.place], k, 1)
         if cap is not None:
             scores = cap * jnp.tanh(scores)
-        if hidden is not None:
-            scores = jnp.where(hidden.of_scores(unit, scores.shape), HIDDEN, scores)
+        if seen is not None:
+            scores = jnp.where(seen.of_scores(unit, scores.shape), scores, HIDDEN)
         all_scores.append(scores)
     for unit, scores in zip(units, all_scores, strict=True):
         at, v = unit.place, keys(v_ref, unit.head)
-        if hidden is not None:
-            v = jnp.where(hidden.of_keys(v.shape), jnp.zeros_like(v), v)
+        if seen is not None:
+            v = jnp.where(seen.of_keys(v.shape), v, jnp.zeros_like(v))
         p, m_ref[at], l_ref[at], alpha = add_softmax(scores, m_ref[at], l_ref[at], dtype)
         acc_ref[at] = scale(acc_ref[at], alpha) + dot(p, v, 0)
 
@@ -570,7 +598,9 @@ def _prefill(
     window = sliding_window
     if window is not None:  # none sees more, and so no product with it overflows
         window = min(window, pages_per_seq * plan.page_size)
-    # Queries before a row's first token, which there should not be, see nothing.
+    # What there should not be: more tokens than the table has places for, and queries
+    # before a row's first token, which see nothing.
+    kv_lens = jnp.minimum(kv_lens, pages_per_seq * plan.page_size)
     early = jnp.maximum(q_lens - kv_lens, 0)
     q_starts, q_ends = q_starts + early, q_starts + q_lens
     out, *ml = _launch(
@@ -604,20 +634,13 @@ def _prefill(
     return tuple(jnp.where(exists.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in results)
 
 
-def default_config(num_kv_heads: int, chip: Generation) -> TPUConfig:
-    """All cores of a chip share the heads, or else the tiles."""
-    if chip.num_cores == 1:
-        return TPUConfig()
-    shared = num_kv_heads % chip.num_cores == 0
-    return TPUConfig(megacore_mode="kv_head" if shared else "batch")
+def _tiles_per_core(plan, num_tokens):
+    return pl.cdiv(num_tokens, plan.queries * plan.row_cores)
 
 
 def _num_tiles(plan, num_tokens):
-    return pl.cdiv(num_tokens, plan.queries)
-
-
-def _tiles_per_core(plan, num_tokens):
-    return pl.cdiv(_num_tiles(plan, num_tokens), plan.row_cores)
+    """A core without items has a tile to write back, which is not used."""
+    return _tiles_per_core(plan, num_tokens) * plan.row_cores
 
 
 def _items(plan, num_tokens, q_starts, q_ends):
@@ -697,7 +720,6 @@ def _launch(
         def block(core, step, items, tiles, *_):
             share = core if plan.row_cores > 1 else 0
             item = jnp.clip(items[share] + step, 0, jnp.maximum(items[share + 1] - 1, 0))
-            # A core without items writes back what is not used.
             works = items[share + 1] > items[share]
             tile = jnp.where(works, tiles[item], share * tiles_per_core)
             return core if plan.head_cores > 1 else 0, tile, 0, 0, 0

@@ -36,7 +36,7 @@ def write_kv(
 
     **Arguments:**
 
-    - `k_pages`, `v_pages`: the stored keys and values, in either form of
+    - `k_pages`, `v_pages`: the stored keys and values, in any form of
         [`eqx_paged.paged_attention`][], of a floating-point dtype or uint16 for the bits
         of bfloat16. Where `head_dim` is stored rounded up to a multiple of 128, the lanes
         beyond it become 0.
@@ -46,9 +46,9 @@ def write_kv(
         not allowed.
     - `implementation`: `"xla"`, `"pallas_tpu"` (which has no gradient), or None to let the
         platform decide.
-    - `interpret`: runs a Pallas kernel without its device, slowly, to test it.
-    - `config`: for measuring: `pages_per_compute_block` says how many tiles a TPU reads or
-        writes together.
+    - `interpret`: runs the Pallas kernel that `implementation` names on a CPU, slowly:
+        True, or `pltpu.InterpretParams`, which can look for races.
+    - `config`: how a Pallas kernel for the TPU divides its work; None chooses.
 
     **Returns:**
 

@@ -367,6 +367,8 @@ def write_kv(
     Real[Array, "num_pages num_kv_heads rows lanes"],
 ]:
     num_tokens, _, head_dim = k.shape
+    if num_tokens == 0:
+        return k_pages, v_pages
     config = TPUConfig() if config is None else config
     plan = plan_of(k_pages, head_dim, num_tokens, config, generation())
     new = _words(plan, *(pack(x, k_pages.dtype) for x in (k, v)))
