@@ -105,7 +105,7 @@ def test_runs_of_whole_blocks(getkey, sliding_window):
         pytest.param(8, 2, 64, 16, "u16-rows", marks=pytest.mark.slow),
         pytest.param(9, 3, 64, 32, "f32-rows", marks=pytest.mark.slow),
         pytest.param(7, 1, 128, 8, "f32", marks=pytest.mark.slow),
-        (3, 3, 80, 16, "bf16-padded"),
+        pytest.param(3, 3, 80, 16, "bf16-padded", marks=pytest.mark.slow),
         pytest.param(4, 2, 96, 16, "f32-padded", marks=pytest.mark.slow),
         pytest.param(4, 4, 160, 16, "f32-padded", marks=pytest.mark.slow),
         pytest.param(16, 1, 128, 32, "u16", marks=pytest.mark.slow),
@@ -142,7 +142,7 @@ def test_queries_of_another_dtype_are_multiplied_in_float32(getkey):
     check(case)
 
 
-IN_SHORT = ("everything", "residuals, window, soft cap, scales")
+IN_SHORT = ("everything",)
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,17 @@ def of_eight_bits(case):
 @pytest.mark.parametrize(
     "generation, heads, head_dim, storage, options",
     (
-        ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 32)),
-        ("v6e", (16, 1), 128, "f32", dict(k_scale=1 / 32, return_residuals=True)),
-        ("v6e", (8, 2), 64, "f32-rows", dict(k_scale=1 / 20, soft_cap=2.0)),
-        ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 32, sliding_window=140)),
         # A few keys outweigh the many whose probabilities are small.
         ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 3)),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (
+                ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 32)),
+                ("v6e", (16, 1), 128, "f32", dict(k_scale=1 / 32, return_residuals=True)),
+                ("v6e", (8, 2), 64, "f32-rows", dict(k_scale=1 / 20, soft_cap=2.0)),
+                ("v5e", (4, 2), 128, "f32", dict(k_scale=1 / 32, sliding_window=140)),
+            )
+        ),
     ),
 )
 def test_products_of_int8_are_as_exact_as_of_float32(
@@ -259,9 +264,9 @@ def test_products_of_int8_are_as_exact_as_of_float32(
     "generation, head_dim, storage, num_pages",
     # Of the last, two parts of a block that is not full are worked on one by one.
     (
-        ("v4", 128, "f32", 8),
-        ("v4", 64, "f32-rows", 8),
-        ("7x", 128, "f32", 8),
+        pytest.param("v4", 128, "f32", 8, marks=pytest.mark.slow),
+        pytest.param("v4", 64, "f32-rows", 8, marks=pytest.mark.slow),
+        pytest.param("7x", 128, "f32", 8, marks=pytest.mark.slow),
         ("7x", 128, "f32", 32),
     ),
 )
@@ -292,7 +297,10 @@ RACED = dict(kv_lens=(5, 0, 40, 33), num_heads=2, num_kv_heads=2, head_dim=128)
 @pytest.mark.parametrize(
     "page_size, kv_lens",
     # Rows within a block; and blocks that are seen whole, while the next one is full.
-    ((16, RACED["kv_lens"]), (128, (512, 512, 0, 640))),
+    (
+        pytest.param(16, RACED["kv_lens"], marks=pytest.mark.slow),
+        (128, (512, 512, 0, 640)),
+    ),
 )
 def test_no_access_races(getkey, dma_execution_mode, page_size, kv_lens):
     import eqx_paged

@@ -298,7 +298,7 @@ ONE_HEAD = dict(num_heads=2, num_kv_heads=1, head_dim=128)
         # One token a row: as in a decode step, and no tile.
         pytest.param((40, 33), (1, 1), None, 3 + 3, 0, marks=pytest.mark.slow),
         # Tiles of 16 tokens; the second row's lie in three. Each reads up to its own end.
-        ((40, 90), (1, 40), None, 3 + (5 + 6 + 6), 3),
+        pytest.param((40, 90), (1, 40), None, 3 + (5 + 6 + 6), 3, marks=pytest.mark.slow),
         ((40, 90), (1, 40), 20, 2 + (4 + 4 + 3), 3),
     ),
 )
@@ -329,7 +329,7 @@ def test_pages_that_no_query_sees_are_not_fetched(
 @pytest.mark.parametrize(
     "page_size, kv_lens, q_lens",
     (
-        (16, (5, 150, 0, 40), (1, 20, 0, 7)),
+        pytest.param(16, (5, 150, 0, 40), (1, 20, 0, 7), marks=pytest.mark.slow),
         # Blocks that are seen whole, while the next one is full.
         (128, (512, 640, 384), (3, 17, 1)),
     ),

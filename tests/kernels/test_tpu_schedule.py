@@ -9,7 +9,7 @@ from ..tpu import needs_libtpu
 
 CEILINGS = json.loads(pathlib.Path(__file__).with_name("tpu_schedules.json").read_text())
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "tpu.md"
-IN_SHORT = (("write-kv", "v6e"), ("decode-one-kv-head", "7x"))
+IN_SHORT = (("write-kv", "v6e"), ("decode-page-128", "7x"))
 
 
 def test_every_case_has_a_ceiling_on_every_generation():
