@@ -290,6 +290,20 @@ def test_eight_bits_on_a_tpu_without_products_of_int8(
     check(of_eight_bits(case), **options, config=blocks)
 
 
+@pytest.mark.slow
+def test_pages_of_float8(getkey):
+    import eqx_paged
+
+    case = paged_case(getkey(), kv_lens=(300, 0, 129), head_dim=128, page_size=128)
+    pages = (x.astype(jnp.float8_e4m3fn) for x in (case.k_pages, case.v_pages))
+    args = (case.q.astype(jnp.bfloat16), *pages, case.kv_lens, case.page_indices)
+    attend = ft.partial(eqx_paged.paged_attention, k_scale=0.5, v_scale=2.0)
+    out = attend(*args, implementation="pallas_tpu", interpret=True, config=small(128, 128))
+    # The same numbers in float32: what differs is the rounding of queries and products.
+    exact = attend(args[0].astype(jnp.float32), *args[1:], implementation="xla")
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=1e-2)
+
+
 RACED = dict(kv_lens=(5, 0, 40, 33), num_heads=2, num_kv_heads=2, head_dim=128)
 
 
