@@ -47,3 +47,19 @@ def races_of(call, dma_execution_mode):
             raise
         return None, True
     return result, RACE in printed.getvalue()
+
+
+def copies_in(call, monkeypatch):
+    """How many copies a call starts, as it is interpreted."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    starts = []
+    start = interpret_pallas_call.dma_start
+
+    def counted(*args, **kwargs):
+        starts.append(args)
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(interpret_pallas_call, "dma_start", counted)
+    jax.block_until_ready(call(pltpu.InterpretParams()))
+    return len(starts)

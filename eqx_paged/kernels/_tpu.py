@@ -75,6 +75,11 @@ class Generation(NamedTuple):
     mxu_size: int
     int8: Literal["multiplies", "unpacks"] | None  # the most it has an instruction for
 
+    @property
+    def usable_vmem_bytes(self) -> int:
+        """What a kernel may plan with; the compiler has the rest for itself."""
+        return self.vmem_bytes * 7 // 8
+
 
 _MIB = 2**20
 GENERATIONS = {
@@ -108,6 +113,21 @@ def generation() -> Generation:
     mesh_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     kind = (mesh_device or jax.devices()[0]).device_kind
     return GENERATIONS[_KINDS.get(kind, "v4")]
+
+
+def rows_on_all_cores(chip: Generation) -> TPUConfig:
+    """All cores of a chip share the rows."""
+    return TPUConfig(megacore_mode="batch" if chip.num_cores > 1 else None)
+
+
+def compiler_params(vmem_bytes: int, **options: Any) -> pltpu.CompilerParams:
+    """Without checks at each copy: that these stay within bounds is the kernels' care."""
+    return pltpu.CompilerParams(
+        disable_bounds_checks=True,
+        disable_semaphore_checks=True,
+        vmem_limit_bytes=vmem_bytes,
+        **options,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +195,11 @@ def result_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 def lane_tiles(x: jax.Array) -> list[jax.Array]:
     """The registers of `[rows, n * 128]`, side by side."""
     return [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+
+
+def whole_tiles(rows: int) -> int:
+    """So many rows, rounded up to tiles of float32."""
+    return -(-rows // SUBLANES) * SUBLANES
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:

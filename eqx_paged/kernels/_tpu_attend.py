@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from ._pages import LANES
-from ._tpu import iota, lane_tiles
+from ._tpu import iota, lane_tiles, LOG2_E
 
 
 # What `m` starts from, and what a hidden logit is: finite, so that no difference is NaN.
 HIDDEN = -1e30
+
+
+def logit_factors(sm_scale: float, soft_cap: float | None) -> tuple[float, float | None]:
+    """The factor of the queries, and the cap: so that logits are in powers of two. Under a
+    cap, queries give what tanh is applied to."""
+    if soft_cap is None:
+        return sm_scale * LOG2_E, None
+    return sm_scale / soft_cap, soft_cap * LOG2_E
 
 
 def scores_of(cap, q, k, eighths):
@@ -106,6 +114,12 @@ def finished(m, l, acc):
     total = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
     out = scale(acc, 1.0 / jnp.where(total > 0, total, 1.0))
     return out, jnp.where(iota(m.shape, 1) == 0, m, total)
+
+
+def dtype_of_products(q, pages):
+    """That of both, where it is one, and else float32."""
+    kept = float_of(pages.dtype)
+    return kept if q.dtype == kept else jnp.float32
 
 
 def float_of(dtype):

@@ -362,7 +362,7 @@ def test_tables_fit_the_scalar_memory_and_few_rows_are_added(
     pool = jnp.zeros((1, num_kv_heads, 16, 128), jnp.bfloat16)
     for num_seqs in (1, 2, 7, 44, 64, 86, 172, 500):
         q = jnp.zeros((num_seqs, 4 * num_kv_heads, 128), jnp.bfloat16)
-        config = pallas_tpu.default_config(chip)
+        config = _tpu.rows_on_all_cores(chip)
         plan = pallas_tpu.plan_of(q, pool, pages_per_seq, config, chip)
         assert 4 * plan.rows_per_call * (pages_per_seq + 2) < _tpu.SMEM_BYTES * 3 / 4
         groups_added = plan.steps + plan.num_calls * plan.row_cores

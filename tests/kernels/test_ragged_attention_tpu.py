@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from ..helpers import assert_close, head_values, large_moves, OPTIONS, ragged_case, run
-from ..tpu import both_dma_modes, compile_for, needs_libtpu, races_of, TOPOLOGIES
+from ..tpu import both_dma_modes, compile_for, copies_in, needs_libtpu, races_of, TOPOLOGIES
 from .test_ragged_attention import expected, WINDOWS
 
 
@@ -241,22 +240,12 @@ def test_a_wait_that_is_left_out_is_found(getkey, fresh_traces, monkeypatch):
 
 
 def test_blocks_outside_the_windows_are_not_fetched(getkey, fresh_traces, monkeypatch):
-    # Counts the copies of the interpreter.
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    starts = []
-    start = interpret_pallas_call.dma_start
-
-    def counted(*args, **kwargs):
-        starts.append(args)
-        return start(*args, **kwargs)
-
-    monkeypatch.setattr(interpret_pallas_call, "dma_start", counted)
     windows = ((0, 0), (300, 301), (64, 192), (9, 3), (0, 65))
     case = ragged_case(getkey(), windows=windows, size=512, head_dim=128)
-    check(case, interpret=pltpu.InterpretParams(), config=dict(pages_per_compute_block=2))
+    blocks = dict(pages_per_compute_block=2)
+    found = copies_in(lambda mode: check(case, interpret=mode, config=blocks), monkeypatch)
     # Of 64 positions from a window's start: none, 1, 2, none, 2; each of K and V.
-    assert len(starts) == 2 * (1 + 2 + 2)
+    assert found == 2 * (1 + 2 + 2)
 
 
 # --- Ahead of time, for every TPU

@@ -24,6 +24,7 @@ from ..helpers import (
 from ..tpu import (
     both_dma_modes,
     compile_for,
+    copies_in,
     large_copies,
     MODELS,
     needs_libtpu,
@@ -271,22 +272,6 @@ def test_eight_bits_a_number(getkey):
 
 
 # --- What it reads, and when
-
-
-def copies_in(call, monkeypatch):
-    """How many copies a call starts, as it is interpreted."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    starts = []
-    start = interpret_pallas_call.dma_start
-
-    def counted(*args, **kwargs):
-        starts.append(args)
-        return start(*args, **kwargs)
-
-    monkeypatch.setattr(interpret_pallas_call, "dma_start", counted)
-    jax.block_until_ready(call(pltpu.InterpretParams()))
-    return len(starts)
 
 
 ONE_HEAD = dict(num_heads=2, num_kv_heads=1, head_dim=128)

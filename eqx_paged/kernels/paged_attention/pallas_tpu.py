@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int32, Real
 from .._online_softmax import normalise
 from .._pages import LANES, tokens_per_row, values_of
 from .._tpu import (
+    compiler_params,
     Generation,
     generation,
     INT8_SUBLANES,
@@ -36,19 +37,21 @@ from .._tpu import (
     PAGES_PER_TURN,
     result_of,
     rolled,
+    rows_on_all_cores,
     SMEM_BYTES,
-    SUBLANES,
     TPUConfig,
+    whole_tiles,
 )
 from .._tpu_attend import (
     add_softmax,
     capped,
     clear,
     dot,
+    dtype_of_products,
     finished,
-    float_of,
     HIDDEN,
     int8_parts,
+    logit_factors,
     scale,
     scores_of,
     sum_of_parts,
@@ -78,7 +81,7 @@ def unsupported(
         return f"a table of {pages_per_seq} pages a row is too wide for its memory"
     chip = generation()
     try:
-        plan_of(q, k_pages, pages_per_seq, default_config(chip), chip)
+        plan_of(q, k_pages, pages_per_seq, rows_on_all_cores(chip), chip)
     except ValueError as error:
         return f"on a TPU {chip.name}: {error}"
     return None
@@ -128,7 +131,7 @@ class Plan(NamedTuple):
     @property
     def queries(self) -> int:
         """Rows of a tile: `[heads, streams, group]`, padded."""
-        return _whole_tiles(self.heads * self.streams * self.group)
+        return whole_tiles(self.heads * self.streams * self.group)
 
     @property
     def tiles(self) -> int:
@@ -146,11 +149,6 @@ class Plan(NamedTuple):
     @property
     def rows_per_call(self) -> int:
         return self.steps * self.row_cores * self.groups_per_step * self.rows
-
-
-def default_config(chip: Generation) -> TPUConfig:
-    """All cores of a chip share the rows."""
-    return TPUConfig(megacore_mode="batch" if chip.num_cores > 1 else None)
 
 
 def plan_of(
@@ -195,12 +193,12 @@ def plan_of(
         )
     large &= pages * page_rows > _PART_ROWS
     # Queries and results of a step, which the pipeline holds twice.
-    queries = _whole_tiles(heads * streams * group)
+    queries = whole_tiles(heads * streams * group)
     query_bytes = heads * 4 + 4 if int8 else heads * q.dtype.itemsize
     group_bytes = 2 * rows * tiles * queries * lanes * (query_bytes + 8)
     fitting = max(1, chip.vmem_bytes // 8 // group_bytes)
     needed = pages * page_rows * row_bytes + group_bytes
-    limit = chip.vmem_bytes * 7 // 8
+    limit = chip.usable_vmem_bytes
     if needed > limit:
         raise ValueError(
             f"Blocks of {pages} pages of {rows} rows need {needed} bytes of VMEM, but "
@@ -261,10 +259,6 @@ def _streamed(
     if chip.mxu_size != 256 or tiles == 1 or queries > LANES or int8:
         return 0, 0
     return 4, 4 if large else 0
-
-
-def _whole_tiles(rows: int) -> int:
-    return -(-rows // SUBLANES) * SUBLANES
 
 
 def _heads_of_tile(num_kv_heads: int, rows: int, lanes: int) -> int:
@@ -597,7 +591,7 @@ def paged_attention(
     config: TPUConfig | None,
 ) -> tuple[Array, ...]:
     chip = generation()
-    config = default_config(chip) if config is None else config
+    config = rows_on_all_cores(chip) if config is None else config
     plan = plan_of(q, k_pages, page_indices.shape[1], config, chip)
     # What there should not be: more tokens than the table has places for.
     kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * plan.page_size)
@@ -610,10 +604,8 @@ def paged_attention(
     starts = jnp.zeros_like(ends)
     if sliding_window is not None:
         starts = jnp.maximum(ends - sliding_window, 0)
-    # Logits in powers of two; under a cap, what tanh is applied to.
-    factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
-    kept = float_of(values_of(k_pages).dtype)
-    dtype = kept if q.dtype == kept else jnp.float32
+    factor, cap = logit_factors(sm_scale, soft_cap)
+    dtype = dtype_of_products(q, values_of(k_pages))
     tiles = _tiles_of_queries(plan, q_sorted, factor, k_scale)
     queries = _in_int8(tiles) if plan.int8 else (tiles.astype(dtype),)
     plain = plan.streams == 1 and v_scale is None and sinks is None
@@ -622,7 +614,7 @@ def paged_attention(
         plan,
         values_of(k_pages),
         values_of(v_pages),
-        cap=None if soft_cap is None else soft_cap * LOG2_E,
+        cap=cap,
         windowed=sliding_window is not None,
         dtype=q.dtype if plain else jnp.float32,
         with_ml=return_residuals or not plain,
@@ -756,11 +748,8 @@ def _launch(
             ],
         ),
         out_shape=results,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
-            vmem_limit_bytes=plan.vmem_bytes,
+        compiler_params=compiler_params(
+            plan.vmem_bytes, dimension_semantics=("parallel", "arbitrary")
         ),
         interpret=interpret,
         name="paged_attention",

@@ -30,17 +30,29 @@ from jaxtyping import Array, Float, Int32, Real
 from .._online_softmax import normalise
 from .._pages import LANES, value_dtype, values_of
 from .._tpu import (
+    compiler_params,
     Generation,
     generation,
     iota,
     lane_tiles,
     LOG2_E,
     result_of,
+    rows_on_all_cores,
     SMEM_BYTES,
     SUBLANES,
     TPUConfig,
+    whole_tiles,
 )
-from .._tpu_attend import add_softmax, dot, finished, HIDDEN, scale, scores_of, within
+from .._tpu_attend import (
+    add_softmax,
+    dot,
+    finished,
+    HIDDEN,
+    logit_factors,
+    scale,
+    scores_of,
+    within,
+)
 from .cost import mha_cost_estimate
 
 
@@ -99,7 +111,7 @@ class Plan(NamedTuple):
 
     @property
     def queries(self) -> int:
-        return -(-self.num_heads // SUBLANES) * SUBLANES
+        return whole_tiles(self.num_heads)
 
     @property
     def block(self) -> int:
@@ -110,11 +122,6 @@ class Plan(NamedTuple):
     def align(self) -> int:
         """What the first position of a block is a multiple of."""
         return 1 if self.by_token else _TILE_ROWS
-
-
-def default_config(chip: Generation) -> TPUConfig:
-    """All cores of a chip share the rows."""
-    return TPUConfig(megacore_mode="batch" if chip.num_cores > 1 else None)
 
 
 # What a block is meant to hold of K, and a chunk of keys.
@@ -135,13 +142,13 @@ def plan_of(
     _, max_len, num_kv_heads, _ = k.shape
     by_token = _by_token(num_kv_heads)
     cores = _cores_of(config, chip)
-    queries = -(-num_heads // SUBLANES) * SUBLANES
+    queries = whole_tiles(num_heads)
     # Whole registers of scores.
     unit = LANES // math.gcd(LANES, num_kv_heads) if by_token else LANES
     piece = -(-min(block_size, max_len) // unit) * unit
     # Two slots of K and of V, and scores and probabilities with as much again at work.
     position_bytes = num_kv_heads * (4 * head_dim * k.dtype.itemsize + 16 * queries)
-    limit = chip.vmem_bytes * 7 // 8
+    limit = chip.usable_vmem_bytes
     pieces = config.pages_per_compute_block
     if pieces is None:
         fitting = chip.vmem_bytes // 2 // position_bytes
@@ -397,7 +404,7 @@ def ragged_gqa(
     config: TPUConfig | None,
 ) -> tuple[Array, Array, Array]:
     chip = generation()
-    config = default_config(chip) if config is None else config
+    config = rows_on_all_cores(chip) if config is None else config
     plan = plan_of(q, k, block_size, config, chip, bool(interpret))
     num_seqs, num_heads, head_dim = q.shape
     group = num_heads // k.shape[2]
@@ -407,8 +414,7 @@ def ragged_gqa(
         starts = jnp.maximum(starts, lengths - sliding_window)
     ends = jnp.where(starts < ends, ends, 0)
     starts = jnp.where(starts < ends, starts, 0)
-    # Logits in powers of two; under a cap, what tanh is applied to.
-    factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
+    factor, cap = logit_factors(sm_scale, soft_cap)
     factors = jnp.full(num_heads, factor, jnp.float32)
     if k_scale is not None:
         factors = factors * jnp.repeat(k_scale, group)
@@ -427,7 +433,7 @@ def ragged_gqa(
         jnp.pad(queries, ((0, padding), (0, plan.queries - num_heads), (0, 0))),
         k,
         v,
-        cap=None if soft_cap is None else soft_cap * LOG2_E,
+        cap=cap,
         dtype=q.dtype if plain else jnp.float32,
         cost=mha_cost_estimate(
             num_seqs=num_seqs,
@@ -486,11 +492,8 @@ def _launch(plan, starts, ends, q, k, v, *, cap, dtype, cost, interpret):
             result_of(q.shape, dtype),
             result_of((*q.shape[:2], LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
-            vmem_limit_bytes=plan.vmem_bytes,
+        compiler_params=compiler_params(
+            plan.vmem_bytes, dimension_semantics=("parallel", "arbitrary")
         ),
         cost_estimate=cost,
         interpret=interpret,

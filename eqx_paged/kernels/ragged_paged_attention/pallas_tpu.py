@@ -29,6 +29,7 @@ from .._blocked import Results, split_rows
 from .._online_softmax import merge_residuals, normalise
 from .._pages import LANES, tokens_per_row, values_of
 from .._tpu import (
+    compiler_params,
     Generation,
     generation,
     iota,
@@ -39,7 +40,17 @@ from .._tpu import (
     rolled,
     TPUConfig,
 )
-from .._tpu_attend import add_softmax, clear, dot, finished, float_of, HIDDEN, scale, within
+from .._tpu_attend import (
+    add_softmax,
+    clear,
+    dot,
+    dtype_of_products,
+    finished,
+    HIDDEN,
+    logit_factors,
+    scale,
+    within,
+)
 from ..paged_attention import pallas_tpu as decode_tpu
 
 
@@ -150,7 +161,7 @@ def plan_of(
     unit_rows = queries * group
     while unit_rows > _TILE_ROWS and unit_rows % (2 * _ALIGNED_ROWS) == 0:
         unit_rows //= 2
-    limit = chip.vmem_bytes * 7 // 8
+    limit = chip.usable_vmem_bytes
     # K and V of two blocks, and scores and probabilities of what is computed at once.
     key_bytes = 4 * num_kv_heads * lanes * k_pages.dtype.itemsize
     key_bytes += 2 * 4 * heads * unit_rows
@@ -591,9 +602,8 @@ def _prefill(
     config = default_config(k_pages.shape[1], chip) if config is None else config
     pages_per_seq = page_indices.shape[1]
     plan = plan_of(q, k_pages, pages_per_seq, config, chip)
-    factor = sm_scale * LOG2_E if soft_cap is None else sm_scale / soft_cap
-    kept = float_of(k_pages.dtype)
-    dtype = kept if q.dtype == kept else jnp.float32
+    factor, cap = logit_factors(sm_scale, soft_cap)
+    dtype = dtype_of_products(q, k_pages)
     plain = plan.streams == 1 and v_scale is None and sinks is None
     window = sliding_window
     if window is not None:  # none sees more, and so no product with it overflows
@@ -614,7 +624,7 @@ def _prefill(
         k_pages,
         v_pages,
         tiles_per_core=_tiles_per_core(plan, q.shape[0]),
-        cap=None if soft_cap is None else soft_cap * LOG2_E,
+        cap=cap,
         window=window,
         dtype=q.dtype if plain else jnp.float32,
         with_ml=return_residuals or not plain,
@@ -753,11 +763,8 @@ def _launch(
             ],
         ),
         out_shape=results,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
-            vmem_limit_bytes=plan.vmem_bytes,
+        compiler_params=compiler_params(
+            plan.vmem_bytes, dimension_semantics=("parallel", "arbitrary")
         ),
         interpret=interpret,
         name="ragged_paged_attention",

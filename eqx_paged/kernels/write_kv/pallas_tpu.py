@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int32, Real
 
 from .._pages import LANES, pack, padded, tokens_per_row, value_dtype
 from .._tpu import (
+    compiler_params,
     Generation,
     generation,
     iota,
@@ -146,7 +147,7 @@ def plan_of(
         batches=batches,
         ahead=ahead,
         tokens_per_call=min(num_tokens, fitting),
-        vmem_bytes=chip.vmem_bytes * 7 // 8,
+        vmem_bytes=chip.usable_vmem_bytes,
     )
 
 
@@ -461,11 +462,7 @@ def _launch(plan, work, new, k_pages, v_pages, interpret):
         ),
         out_shape=[result_of(x.shape, x.dtype) for x in (k_pages, v_pages)],
         input_output_aliases={len(work) + 1: 0, len(work) + 2: 1},
-        compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True,
-            disable_semaphore_checks=True,
-            vmem_limit_bytes=plan.vmem_bytes,
-        ),
+        compiler_params=compiler_params(plan.vmem_bytes),
         interpret=interpret,
         name="write_kv",
     )(*work, new, k_pages, v_pages)
