@@ -1,0 +1,171 @@
+"""What the GPU kernels share: which GPU it is, and who works on what.
+
+Lengths are known on the device only, so the work is shared out there, by a few operations
+on small arrays whose sizes are static. They depend on the lengths alone: the layers of a
+model ask for the same, and XLA computes it once a step.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+
+# --- Configs
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConfig:
+    """How a Pallas-Triton kernel for a GPU divides its work, for measuring.
+
+    What is None is chosen by the shapes, the dtype and the GPU.
+
+    **Arguments:**
+
+    - `block_size`: how many keys are worked on at a time, a power of two from 16 on.
+    - `num_queries_per_block`: how many queries, of the tokens and heads that share a kv
+        head, are worked on together, a power of two from 16 on. Of a decode step, those of
+        one token, so that more are no use than there are heads a kv head.
+    - `num_splits`: into how many parts the rows of a decode step are cut, beyond one a
+        row, so that a few long rows keep the whole GPU busy. 0 leaves them whole.
+    - `num_warps`, `num_stages`: of a program, and how many steps of its loop overlap. Up
+        to 4 stages, loads were seen in the compiled code to wait for each other.
+
+    **Raises:**
+
+    `ValueError` for what is no such number.
+    """
+
+    block_size: int | None = None
+    num_queries_per_block: int | None = None
+    num_splits: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("block_size", 16),
+            ("num_queries_per_block", 16),
+            ("num_warps", 1),
+        ):
+            number = getattr(self, name)
+            if number is not None and (
+                type(number) is not int or number < least or number & (number - 1) != 0
+            ):
+                raise ValueError(
+                    f"{name} must be a power of two from {least} on, but is {number!r}."
+                )
+        for name, least in (("num_splits", 0), ("num_stages", 1)):
+            number = getattr(self, name)
+            if number is not None and (type(number) is not int or number < least):
+                raise ValueError(
+                    f"{name} must be an int from {least} on, but is {number!r}."
+                )
+
+
+# --- Which GPU
+
+
+class GPU(NamedTuple):
+    """What a kernel's shape depends on."""
+
+    name: str
+    capability: int  # 90 is compute capability 9.0
+    num_cores: int  # streaming multiprocessors
+
+
+# As the device of an abstract mesh is called, for a GPU that is not there.
+_KINDS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("NVIDIA A100", 80, 108),
+        GPU("NVIDIA H100", 90, 132),
+        GPU("NVIDIA H200", 90, 132),
+        GPU("NVIDIA B200", 100, 148),
+        GPU("NVIDIA L40", 89, 142),
+        GPU("NVIDIA L4", 89, 58),
+        GPU("NVIDIA A10", 86, 72),
+        GPU("Tesla T4", 75, 40),
+    )
+}
+H100 = _KINDS["NVIDIA H100"]
+
+
+def gpu() -> GPU | None:
+    """The GPU that is compiled for: that of the mesh in scope, or else the default device;
+    None if that is no NVIDIA GPU or one that is not known."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = jax.devices()[0]
+    if abstract is not None and abstract.device_kind != device.device_kind:
+        found = (gpu for kind, gpu in _KINDS.items() if kind in abstract.device_kind)
+        return next(found, None)
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or not str(capability).replace(".", "").isdigit():
+        return None
+    return GPU(
+        device.device_kind, int(str(capability).replace(".", "")), device.core_count
+    )
+
+
+# --- Who works on what
+
+
+class Splits(NamedTuple):
+    """Parts of rows: of each, its row and which positions it works on; those of a row are
+    consecutive. A part that does not exist is of row `num_seqs`."""
+
+    rows: Int32[Array, " num_parts"]
+    starts: Int32[Array, " num_parts"]  # a multiple of the block size
+    ends: Int32[Array, " num_parts"]
+    first_parts: Int32[Array, " num_seqs"]
+    counts: Int32[Array, " num_seqs"]  # at least 1
+
+
+def splits_of(
+    kv_lens: Int32[Array, " num_seqs"],
+    *,
+    block_size: int,
+    num_splits: int,
+    min_blocks: int,
+    sliding_window: int | None,
+) -> Splits:
+    """Cuts rows into `num_splits + num_seqs` parts at most, of about one length.
+
+    A part is at least as long as all rows together divided by `num_splits`, so that there
+    are places for all; a long row has more parts than a short one.
+    """
+    num_seqs = kv_lens.shape[0]
+    first_blocks = jnp.zeros_like(kv_lens)
+    if sliding_window is not None:
+        first_blocks = jnp.maximum(kv_lens - sliding_window, 0) // block_size
+    blocks = -(-kv_lens // block_size) - first_blocks
+    counts = jnp.ones_like(kv_lens)
+    if num_splits > 0:
+        length = jnp.maximum(-(-jnp.sum(blocks) // num_splits), min_blocks)
+        counts = jnp.maximum(-(-blocks // length), 1)
+    rows, place = work_list(counts, num_splits + num_seqs)
+    row = jnp.minimum(rows, num_seqs - 1)
+    # The first `longer` parts of a row have a block more than the others.
+    each, longer = jnp.divmod(blocks, counts)
+
+    def end_of(place):
+        passed = first_blocks + place * each + jnp.minimum(place, longer)
+        return passed * block_size
+
+    first_blocks, each, longer = first_blocks[row], each[row], longer[row]
+    starts, ends = end_of(place), jnp.minimum(end_of(place + 1), kv_lens[row])
+    return Splits(rows, starts, ends, jnp.cumsum(counts) - counts, counts)
+
+
+def work_list(
+    counts: Int32[Array, " num_seqs"], capacity: int
+) -> tuple[Int32[Array, " capacity"], Int32[Array, " capacity"]]:
+    """`counts[i]` items of row `i`, row after row: the row of each item, and which of its
+    row's it is. Items past the last are of row `num_seqs`."""
+    ends = jnp.cumsum(counts)
+    item = jnp.arange(capacity, dtype=jnp.int32)
+    rows = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
+    before = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])
+    return rows, item - before[rows]
