@@ -104,9 +104,7 @@ def gpu() -> GPU | None:
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or not str(capability).replace(".", "").isdigit():
         return None
-    return GPU(
-        device.device_kind, int(str(capability).replace(".", "")), device.core_count
-    )
+    return GPU(device.device_kind, int(str(capability).replace(".", "")), device.core_count)
 
 
 # --- Who works on what
