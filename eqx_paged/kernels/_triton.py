@@ -7,7 +7,6 @@ Blocks are powers of two, so what is there is told by masks: a masked load neith
 the memory nor follows a page number, and gives 0, also where the slot holds NaN.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +30,9 @@ MIN_ROWS = 16  # of a matrix product, in each axis
 
 
 # --- Limits
+
+_STORED = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.uint16, jnp.int8)
+_STORED = (*_STORED, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
@@ -56,11 +58,10 @@ def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | N
 
 def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
     dtype = pages.dtype
-    if dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
-        if chip.capability < 89:
-            return f"are {dtype}, which a {chip.name} of {_dotted(chip)} does not convert"
-    elif dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.uint16, jnp.int8):
-        return f"must have at most 32 bits a number, but are {dtype}"
+    if dtype not in _STORED:
+        return f"must be of {', '.join(str(jnp.dtype(x)) for x in _STORED)}, not {dtype}"
+    if dtype == jnp.float8_e4m3fn and chip.capability < 89:
+        return f"are {dtype}, which a {chip.name} ({_dotted(chip)}) does not convert"
     # Pallas counts in 64 bits from 2**32 bytes on and else in 32, with a sign.
     if 2**31 < pages.size and pages.size * dtype.itemsize <= 2**32:
         return f"have {pages.size} numbers of 8 bits, which are addressed up to {2**31}"
@@ -183,15 +184,16 @@ def queries_of(tile: Tile, group: Any) -> tuple[Any, jax.Array, jax.Array, jax.A
     row = jnp.arange(tile.rows, dtype=jnp.int32)
     token, head = _divmod(row, tile.heads)
     head = head + part * tile.heads
-    # The others have places of their own all the same: interpreted, a masked store puts back
-    # what it found.
+    # The others have places of their own too: interpreted, a masked store puts back what it
+    # found.
     there = (head < tile.group) & (token < tile.tokens)
     return kv_head, token, kv_head * tile.group + head, there
 
 
 def load(ref: Any, *index: Any, mask: Any = None) -> Any:
     """What is at an index; 0 where it is masked."""
-    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+    other = None if mask is None else jnp.zeros((), ref.dtype)
+    return plgpu.load(ref.at[index], mask=mask, other=other)
 
 
 def store(ref: Any, *index: Any, value: Any, mask: Any) -> None:
@@ -206,11 +208,11 @@ def lanes_of(tile: Tile) -> tuple[jax.Array, jax.Array]:
 
 def attend(
     tile: Tile,
-    state: State,
     q: jax.Array,  # [rows, lanes]
     pools: Pools,
     row: Any,
     kv_head: Any,
+    state: State,
     blocks: tuple[Any, Any],
     *,
     logits_of: Callable[[jax.Array], jax.Array],
@@ -325,6 +327,10 @@ def finished(
 
 
 # --- Launch
+
+
+def compiler_params(tile: Tile) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def pools_of(

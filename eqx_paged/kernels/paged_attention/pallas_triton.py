@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32, Real
 
 from .._gpu import GPU, Splits, splits_of, TritonConfig
@@ -25,6 +24,7 @@ from .._tpu import result_of
 from .._triton import (
     attend,
     chip_or_default,
+    compiler_params,
     empty_state,
     finished,
     lanes_of,
@@ -96,11 +96,11 @@ def _kernel(
             first = jnp.maximum(start, load(kv_lens_ref, row) - sliding_window)
         state = attend(
             tile,
-            empty_state(tile),
             q,
             pools,
             row,
             kv_head,
+            empty_state(tile),
             (start // tile.block_size, pl.cdiv(end, tile.block_size)),
             logits_of=logits_by(sm_scale, soft_cap, options, kv_head),
             seen=(first, end),
@@ -232,9 +232,7 @@ def paged_attention(
         ),
         grid=(num_parts, tile.groups),
         out_shape=[*results, *parts],
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tile.num_warps, num_stages=tile.num_stages
-        ),
+        compiler_params=compiler_params(tile),
         interpret=interpret,
         name="paged_attention",
     )(splits, kv_lens, q, pools_of(q, k_pages, v_pages, page_indices), options)
@@ -249,7 +247,7 @@ def paged_attention(
         out_shape=results,
         input_output_aliases={first + i: i for i in range(len(results))},
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=compiler_params(tile._replace(num_warps=4, num_stages=1)),
         name="merge_parts",
     )(*arguments)
     return tuple(merged)
