@@ -75,6 +75,17 @@ def _dotted(chip: GPU) -> str:
 # --- Block sizes
 
 
+# Of a block's keys as they are multiplied: a few such blocks, and as many of values, fit
+# the memory that the programs of a core share.
+_BLOCK_BYTES = 2**14
+# float32 is multiplied without tensor cores, its numbers in registers. So few are spilled.
+_EXACT_BYTES = 2**13
+_EXACT_ACC = 2**12
+_EXACT_ROWS = 32
+# Tensor cores before Hopper's take both operands from registers, which fills them sooner.
+_ROWS_BEFORE_HOPPER = 64
+
+
 class Tile(NamedTuple):
     """Sizes. A tile of queries is `[rows, lanes]`: of each of its tokens, the heads that
     share a kv head."""
@@ -112,17 +123,25 @@ def tile_of(
     max_rows: int,
     one_token: bool,
 ) -> Tile:
+    """The sizes for these shapes and this GPU, with at most `max_rows` rows where the
+    config does not say how many."""
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_pages.shape[1]
     group = num_heads // num_kv_heads
+    lanes = max(MIN_ROWS, pl.next_power_of_2(head_dim))
+    dtype = jnp.dtype(dtype_of_products(q.dtype, k_pages.dtype))
+    exact, hopper = dtype == jnp.float32, chip_or_default().capability >= 90
+    if exact:
+        max_rows = min(max_rows, _EXACT_ROWS, max(MIN_ROWS, _EXACT_ACC // lanes))
+    elif not hopper:
+        max_rows = min(max_rows, _ROWS_BEFORE_HOPPER)
     rows = config.num_queries_per_block or max_rows
     if one_token:
         rows = min(rows, max(MIN_ROWS, pl.next_power_of_2(group)))
-    lanes = max(MIN_ROWS, pl.next_power_of_2(head_dim))
-    # 16 KiB of keys as they are multiplied: a few such blocks, and as many of values, fit
-    # the memory that the programs of a core share.
-    itemsize = jnp.dtype(dtype_of_products(q.dtype, k_pages.dtype)).itemsize
-    block_size = config.block_size or max(MIN_ROWS, min(128, 2**14 // (lanes * itemsize)))
+    block_size = (_EXACT_BYTES if exact else _BLOCK_BYTES) // (lanes * dtype.itemsize)
+    block_size = max(MIN_ROWS, min(128 if hopper else 64, block_size))
+    block_size = config.block_size or block_size
+    large = exact or rows * max(lanes, block_size) >= (2**14 if hopper else 2**13)
     return Tile(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -132,7 +151,7 @@ def tile_of(
         lanes=lanes,
         page_size=page_size_of(k_pages, head_dim),
         block_size=block_size,
-        num_warps=config.num_warps or (8 if rows * lanes >= 2**14 else 4),
+        num_warps=config.num_warps or (8 if large else 4),
         # Of 5 stages, a page number is two ahead of its page, and that two of its use.
         num_stages=config.num_stages or 5,
     )
