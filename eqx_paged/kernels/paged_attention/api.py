@@ -8,14 +8,14 @@ from .. import _arguments as arguments
 from .._online_softmax import DEFAULT_MASK_VALUE
 from .._over_pages import attend_over_pages, Operation, PallasKernel
 from .._tpu import TPUConfig
-from . import pallas_tpu, reference, xla
+from . import pallas_tpu, reference, tpu_plan, xla
 
 
 _OPERATION = Operation(
     "paged_attention",
     reference.paged_attention,
     xla.paged_attention,
-    PallasKernel(pallas_tpu.paged_attention, pallas_tpu.unsupported),
+    PallasKernel(pallas_tpu.paged_attention, tpu_plan.unsupported),
 )
 
 
