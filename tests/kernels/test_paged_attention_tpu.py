@@ -412,6 +412,7 @@ def decode_shapes(model, page_size, dtype, num_seqs=8, max_len=1024):
     )
 
 
+FLOAT8 = "float8_e4m3fn"
 GRID = [
     pytest.param(
         model,
@@ -428,10 +429,14 @@ GRID = [
         for generation in TOPOLOGIES
     )
 ]
+GRID_OF_FLOAT8 = [
+    pytest.param(*x, marks=() if x == ("8b", 16, FLOAT8, "7x") else pytest.mark.slow)
+    for x in itertools.product(("8b", "135m"), (16, 128), (FLOAT8,), TOPOLOGIES)
+]
 
 
 @needs_libtpu
-@pytest.mark.parametrize("model, page_size, dtype, generation", GRID)
+@pytest.mark.parametrize("model, page_size, dtype, generation", GRID + GRID_OF_FLOAT8)
 def test_it_compiles_and_copies_no_pool(model, page_size, dtype, generation):
     import eqx_paged
 
