@@ -30,7 +30,9 @@ def compile_for(
     """`function` for one chip of a generation, by the real compiler."""
     mesh = Mesh(chips_of(generation)[:1], ("chip",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in args]
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+    )
     # The mesh in scope says which TPU is lowered for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function, donate_argnums=donate).trace(*args)

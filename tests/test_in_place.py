@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 import statistics
 import time
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from .helpers import ints, large_moves
+from .helpers import ints, large_moves, stored_as_on
+from .tpu import compile_for, large_copies, needs_libtpu, TOPOLOGIES
 
 
 NUM_LAYERS, NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, PAGE_SIZE = 2, 4, 8, 4, 16
@@ -94,7 +96,8 @@ class Echo(eqx.Module):
         import eqx_paged
 
         layers = []
-        x = tokens[:, None].astype(jnp.float32) * jnp.ones((1, 64))
+        first = cache.layers[0]
+        x = tokens[:, None].astype(first.dtype) * jnp.ones((1, first.head_dim), first.dtype)
         for layer in cache.layers:
             q = jnp.repeat(x[:, None], NUM_HEADS, axis=1)
             k = q[:, :NUM_KV_HEADS]
@@ -107,25 +110,51 @@ class Echo(eqx.Module):
         return hidden
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_generation_with_a_donated_cache_copies_no_layer(dtype):
+def generated(cache, prompts, prompt_lens):
     import eqx_paged
 
-    def run(cache, prompts, prompt_lens):
-        return eqx_paged.generate(
-            Echo(),
-            cache,
-            prompts,
-            prompt_lens,
-            max_new_tokens=8,
-            prefill_chunk=32,
-            throw=False,
-        )
+    return eqx_paged.generate(
+        Echo(),
+        cache,
+        prompts,
+        prompt_lens,
+        max_new_tokens=8,
+        prefill_chunk=32,
+        throw=False,
+    )
 
+
+PROMPTS = jnp.ones((NUM_SEQS, 20), jnp.int32), ints([20, 3, 0, 7])
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_generation_with_a_donated_cache_copies_no_layer(dtype):
     cache = empty(NUM_PAGES, dtype=dtype)
-    prompts = jnp.ones((NUM_SEQS, 20), jnp.int32), ints([20, 3, 0, 7])
-    compiled = jax.jit(run, donate_argnums=0).lower(cache, *prompts).compile()
+    compiled = jax.jit(generated, donate_argnums=0).lower(cache, *PROMPTS).compile()
     assert_in_place(compiled, cache)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "generation, head_dim",
+    [
+        pytest.param(*x, marks=() if x == ("7x", 64) else pytest.mark.slow)
+        for x in itertools.product(TOPOLOGIES, (64, 80, 128))
+    ],
+)
+def test_generation_on_a_tpu_copies_no_layer(generation, head_dim):
+    with stored_as_on("tpu"):
+        cache = jax.eval_shape(
+            lambda: empty(NUM_PAGES, dtype="bfloat16", head_dim=head_dim)
+        )
+    args = (cache, *PROMPTS)
+    compiled = compile_for(generation, generated, args, donate=(0,))
+    # Prefill and decode, in two layers each: writing, and the kernels of attention.
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2 * (3 + 2)
+    pool = cache.layers[0].k_pages
+    assert not large_copies(compiled, least=pool.size)
+    alias = compiled.memory_analysis().alias_size_in_bytes
+    assert alias >= NUM_LAYERS * 2 * pool.size * pool.dtype.itemsize
 
 
 def test_the_example_of_generate_donates_its_cache():

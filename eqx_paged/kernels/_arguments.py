@@ -87,6 +87,30 @@ def check_writable(**pages: Array) -> None:
             )
 
 
+def check_over_pages(
+    q: Array, k_pages: Array, v_pages: Array, kv_lens: Array, page_indices: Array
+) -> None:
+    """What holds for every attention over pages."""
+    check_rank("q", q, 3)
+    check_floating(q=q)
+    check_pages(k_pages, v_pages, q.shape[2])
+    check_heads(q.shape[1], k_pages.shape[1])
+    check_rank("kv_lens", kv_lens, 1)
+    check_rank("page_indices", page_indices, 2)
+    check_indices(kv_lens=kv_lens, page_indices=page_indices)
+    check_equal(
+        "num_seqs of kv_lens",
+        kv_lens.shape[0],
+        "of page_indices",
+        page_indices.shape[0],
+    )
+    if page_indices.size == 0 or q.shape[0] == 0:
+        raise ValueError(
+            "There must be at least one row, one page a row and one query, but q is of "
+            f"shape {q.shape} and page_indices of shape {page_indices.shape}."
+        )
+
+
 def check_options(
     *,
     num_heads: int,

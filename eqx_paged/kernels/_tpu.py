@@ -132,24 +132,38 @@ def compiler_params(vmem_bytes: int, **options: Any) -> pltpu.CompilerParams:
 
 @dataclasses.dataclass(frozen=True)
 class PageFetch:
-    """Copies of up to `num_pages` pages from a pool to a buffer, waited for together.
+    """Copies of some heads of pages from a pool to a buffer, waited for together.
 
-    `source(page)` and `buffer.at[i]` are of one shape. Every start adds to one semaphore,
-    and a wait takes off as much as all of them added.
+    Every start adds to one semaphore, and a wait takes off as much as all of them added.
     """
 
-    source: Callable[[Any], Any]
-    buffer: Any
+    pool: Any  # [num_pages, num_kv_heads, page_rows, lanes]
+    heads: Any
+    buffer: Any  # [pages, heads, page_rows, lanes]
     semaphore: Any
 
     def start(self, page: Any, i: Any) -> None:
-        pltpu.make_async_copy(self.source(page), self.buffer.at[i], self.semaphore).start()
+        source = self.pool.at[page, self.heads]
+        pltpu.make_async_copy(source, self.buffer.at[i], self.semaphore).start()
 
     def wait_all(self) -> None:
         _wait(self.buffer, self.semaphore)
 
     def wait(self, count: Any) -> None:
         wait_for(self.buffer, self.semaphore, count)
+
+
+def fetches_of(
+    k_hbm: Any, v_hbm: Any, heads: Any, slots: Any, semaphores: Any
+) -> list[tuple[PageFetch, PageFetch]]:
+    """For each slot, a pair of buffers, the fetches of its keys and of its values."""
+    return [
+        (
+            PageFetch(k_hbm, heads, k, semaphores.at[slot, 0]),
+            PageFetch(v_hbm, heads, v, semaphores.at[slot, 1]),
+        )
+        for slot, (k, v) in enumerate(slots)
+    ]
 
 
 def wait_for(buffer: Any, semaphore: Any, count: Any) -> None:

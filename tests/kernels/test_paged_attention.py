@@ -34,14 +34,15 @@ check = ft.partial(check_paged, "paged_attention")
 
 
 def test_equal_layers_trace_it_once(getkey, monkeypatch):
-    from eqx_paged.kernels.paged_attention import xla
+    from eqx_paged.kernels.paged_attention import api
 
     case = paged_case(getkey(), kv_lens=(3, 20), num_heads=6)
     attend, calls = array_function("paged_attention", None), []
-    body = xla.paged_attention
-    monkeypatch.setattr(
-        xla, "paged_attention", lambda *args, **kw: calls.append(1) or body(*args, **kw)
+    body = api._OPERATION.xla
+    counted = api._OPERATION._replace(
+        xla=lambda *args, **kw: calls.append(1) or body(*args, **kw)
     )
+    monkeypatch.setattr(api, "_OPERATION", counted)
     q, *rest = case.decode_args
 
     def model(q):

@@ -49,10 +49,11 @@ def check(case, **options):
 def as_generation(monkeypatch):
     """Chooses as on another TPU than that which interprets."""
     from eqx_paged.kernels import _tpu
-    from eqx_paged.kernels.paged_attention import pallas_tpu
+    from eqx_paged.kernels.paged_attention import pallas_tpu, tpu_plan
 
     def choose(name):
-        monkeypatch.setattr(pallas_tpu, "generation", lambda: _tpu.GENERATIONS[name])
+        for module in (pallas_tpu, tpu_plan):
+            monkeypatch.setattr(module, "generation", lambda: _tpu.GENERATIONS[name])
 
     yield choose
 
@@ -356,14 +357,14 @@ def test_tables_fit_the_scalar_memory_and_few_rows_are_added(
     generation, num_kv_heads, pages_per_seq
 ):
     from eqx_paged.kernels import _tpu
-    from eqx_paged.kernels.paged_attention import pallas_tpu
+    from eqx_paged.kernels.paged_attention import tpu_plan
 
     chip = _tpu.GENERATIONS[generation]
     pool = jnp.zeros((1, num_kv_heads, 16, 128), jnp.bfloat16)
     for num_seqs in (1, 2, 7, 44, 64, 86, 172, 500):
         q = jnp.zeros((num_seqs, 4 * num_kv_heads, 128), jnp.bfloat16)
         config = _tpu.rows_on_all_cores(chip)
-        plan = pallas_tpu.plan_of(q, pool, pages_per_seq, config, chip)
+        plan = tpu_plan.plan_of(q, pool, pages_per_seq, config, chip)
         assert 4 * plan.rows_per_call * (pages_per_seq + 2) < _tpu.SMEM_BYTES * 3 / 4
         groups_added = plan.steps + plan.num_calls * plan.row_cores
         added = plan.num_calls * plan.rows_per_call - num_seqs
@@ -374,9 +375,9 @@ def test_tables_fit_the_scalar_memory_and_few_rows_are_added(
 def test_tables_larger_than_the_scalar_memory_are_worked_off_in_parts(
     getkey, fresh_traces, monkeypatch
 ):
-    from eqx_paged.kernels.paged_attention import pallas_tpu
+    from eqx_paged.kernels.paged_attention import tpu_plan
 
-    monkeypatch.setattr(pallas_tpu, "SMEM_BYTES", 2 * 4 * 12 * 4)
+    monkeypatch.setattr(tpu_plan, "SMEM_BYTES", 2 * 4 * 12 * 4)
     case = paged_case(
         getkey(), kv_lens=(17, 0, 200, 1, 129, 5, 90), head_dim=128, page_size=64
     )
@@ -411,6 +412,7 @@ def decode_shapes(model, page_size, dtype, num_seqs=8, max_len=1024):
     )
 
 
+FLOAT8 = "float8_e4m3fn"
 GRID = [
     pytest.param(
         model,
@@ -427,10 +429,14 @@ GRID = [
         for generation in TOPOLOGIES
     )
 ]
+GRID_OF_FLOAT8 = [
+    pytest.param(*x, marks=() if x == ("8b", 16, FLOAT8, "7x") else pytest.mark.slow)
+    for x in itertools.product(("8b", "135m"), (16, 128), (FLOAT8,), TOPOLOGIES)
+]
 
 
 @needs_libtpu
-@pytest.mark.parametrize("model, page_size, dtype, generation", GRID)
+@pytest.mark.parametrize("model, page_size, dtype, generation", GRID + GRID_OF_FLOAT8)
 def test_it_compiles_and_copies_no_pool(model, page_size, dtype, generation):
     import eqx_paged
 

@@ -384,9 +384,10 @@ def mixed_shapes(model, page_size, dtype, num_seqs=8, max_len=2048, num_tokens=5
     )
 
 
-GRID = list(
-    itertools.product(MODELS, (16, 128), ("bfloat16", "float32", "int8"), TOPOLOGIES)
-)
+GRID = [
+    *itertools.product(MODELS, (16, 128), ("bfloat16", "float32", "int8"), TOPOLOGIES),
+    *itertools.product(("8b", "135m"), (16, 128), ("float8_e4m3fn",), TOPOLOGIES),
+]
 
 
 @needs_libtpu

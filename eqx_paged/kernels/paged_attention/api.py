@@ -1,19 +1,22 @@
 """Paged decode attention: the public function."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._choose import attention_results, check_implementation, choose
-from .._gradient import differentiable
 from .._online_softmax import DEFAULT_MASK_VALUE
+from .._over_pages import attend_over_pages, Operation, PallasKernel
 from .._tpu import TPUConfig
-from . import pallas_tpu, reference, xla
+from . import pallas_tpu, reference, tpu_plan, xla
+
+
+_OPERATION = Operation(
+    "paged_attention",
+    reference.paged_attention,
+    xla.paged_attention,
+    PallasKernel(pallas_tpu.paged_attention, tpu_plan.unsupported),
+)
 
 
 def paged_attention(
@@ -95,31 +98,21 @@ def paged_attention(
         Paged attention is described in Kwon et al., "Efficient Memory Management for
         Large Language Model Serving with PagedAttention", 2023.
     """
-    check_arguments(q, k_pages, v_pages, kv_lens, page_indices)
+    arguments.check_over_pages(q, k_pages, v_pages, kv_lens, page_indices)
     arguments.check_equal("num_seqs of q", q.shape[0], "of kv_lens", kv_lens.shape[0])
-    arguments.check_options(
-        num_heads=q.shape[1],
+    return attend_over_pages(
+        _OPERATION,
+        dict(
+            q=q,
+            k_pages=k_pages,
+            v_pages=v_pages,
+            kv_lens=kv_lens,
+            page_indices=page_indices,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        ),
         sm_scale=sm_scale,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        mask_value=mask_value,
-        return_residuals=return_residuals,
-    )
-    check_implementation(implementation, interpret)
-    operands = dict(
-        q=q,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        kv_lens=kv_lens,
-        page_indices=page_indices,
-        sinks=sinks,
-        k_scale=arguments.scale_per_head("k_scale", k_scale, k_pages.shape[1]),
-        v_scale=arguments.scale_per_head("v_scale", v_scale, k_pages.shape[1]),
-    )
-    results = _traced_once(
-        operands,
-        sm_scale=arguments.sm_scale_or_default(sm_scale, q.shape[2]),
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         mask_value=mask_value,
@@ -128,81 +121,3 @@ def paged_attention(
         interpret=interpret,
         config=config,
     )
-    return results if return_residuals else results[0]
-
-
-def check_arguments(
-    q: Array, k_pages: Array, v_pages: Array, kv_lens: Array, page_indices: Array
-) -> None:
-    """What holds for every attention over pages."""
-    arguments.check_rank("q", q, 3)
-    arguments.check_floating(q=q)
-    arguments.check_pages(k_pages, v_pages, q.shape[2])
-    arguments.check_heads(q.shape[1], k_pages.shape[1])
-    arguments.check_rank("kv_lens", kv_lens, 1)
-    arguments.check_rank("page_indices", page_indices, 2)
-    arguments.check_indices(kv_lens=kv_lens, page_indices=page_indices)
-    arguments.check_equal(
-        "num_seqs of kv_lens",
-        kv_lens.shape[0],
-        "of page_indices",
-        page_indices.shape[0],
-    )
-    if page_indices.size == 0 or q.shape[0] == 0:
-        raise ValueError(
-            "There must be at least one row, one page a row and one query, but q is of "
-            f"shape {q.shape} and page_indices of shape {page_indices.shape}."
-        )
-
-
-# Behind one `jit`, so that a model of equal layers traces it once.
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "sm_scale",
-        "soft_cap",
-        "sliding_window",
-        "mask_value",
-        "return_residuals",
-        "implementation",
-        "interpret",
-        "config",
-    ),
-)
-def _traced_once(
-    operands, *, mask_value, return_residuals, implementation, interpret, config, **options
-):
-    num_results = 3 if return_residuals else 1
-    arrays = (operands[name] for name in ("q", "k_pages", "v_pages", "page_indices"))
-    kernel = choose(
-        "paged_attention",
-        implementation,
-        {
-            "xla": lambda operands: xla.paged_attention(**operands, **options)[
-                :num_results
-            ],
-            "pallas_tpu": lambda operands: pallas_tpu.paged_attention(
-                **operands,
-                **options,
-                return_residuals=return_residuals,
-                interpret=interpret,
-                config=config,
-            ),
-        },
-        results=attention_results(operands["q"], num_results),
-        unsupported={"pallas_tpu": pallas_tpu.unsupported(*arrays)},
-        interpret=interpret,
-    )
-    kernel = differentiable(
-        "paged_attention",
-        implementation,
-        kernel,
-        lambda operands: reference.paged_attention(
-            **operands, **options, return_residuals=True
-        )[:num_results],
-    )
-    out, *residuals = kernel(operands)
-    if not residuals:
-        return (out,)
-    m, l = residuals
-    return out, jnp.where(l == 0, mask_value, m), l

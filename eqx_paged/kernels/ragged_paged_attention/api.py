@@ -1,20 +1,22 @@
 """Ragged paged attention: the public function."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._choose import attention_results, check_implementation, choose
-from .._gradient import differentiable
 from .._online_softmax import DEFAULT_MASK_VALUE
+from .._over_pages import attend_over_pages, Operation, PallasKernel
 from .._tpu import TPUConfig
-from ..paged_attention.api import check_arguments
-from . import pallas_tpu, reference, xla
+from . import pallas_tpu, reference, tpu_plan, xla
+
+
+_OPERATION = Operation(
+    "ragged_paged_attention",
+    reference.ragged_paged_attention,
+    xla.ragged_paged_attention,
+    PallasKernel(pallas_tpu.ragged_paged_attention, tpu_plan.unsupported),
+)
 
 
 def ragged_paged_attention(
@@ -78,7 +80,7 @@ def ragged_paged_attention(
         of tokens that were written may reach the outputs of neighbouring queries of the
         same row that do not see it. What was not written never does.
     """
-    check_arguments(q, k_pages, v_pages, kv_lens, page_indices)
+    arguments.check_over_pages(q, k_pages, v_pages, kv_lens, page_indices)
     arguments.check_rank("cu_q_lens", cu_q_lens, 1)
     arguments.check_rank("num_seqs", num_seqs, 0)
     arguments.check_indices(cu_q_lens=cu_q_lens, num_seqs=num_seqs)
@@ -88,31 +90,21 @@ def ragged_paged_attention(
         "the length of kv_lens plus one",
         kv_lens.shape[0] + 1,
     )
-    arguments.check_options(
-        num_heads=q.shape[1],
+    return attend_over_pages(
+        _OPERATION,
+        dict(
+            q=q,
+            k_pages=k_pages,
+            v_pages=v_pages,
+            kv_lens=kv_lens,
+            page_indices=page_indices,
+            cu_q_lens=cu_q_lens,
+            num_seqs=num_seqs,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        ),
         sm_scale=sm_scale,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        mask_value=mask_value,
-        return_residuals=return_residuals,
-    )
-    check_implementation(implementation, interpret)
-    operands = dict(
-        q=q,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        kv_lens=kv_lens,
-        page_indices=page_indices,
-        cu_q_lens=cu_q_lens,
-        num_seqs=num_seqs,
-        sinks=sinks,
-        k_scale=arguments.scale_per_head("k_scale", k_scale, k_pages.shape[1]),
-        v_scale=arguments.scale_per_head("v_scale", v_scale, k_pages.shape[1]),
-    )
-    results = _traced_once(
-        operands,
-        sm_scale=arguments.sm_scale_or_default(sm_scale, q.shape[2]),
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         mask_value=mask_value,
@@ -121,57 +113,3 @@ def ragged_paged_attention(
         interpret=interpret,
         config=config,
     )
-    return results if return_residuals else results[0]
-
-
-# Behind one `jit`, so that a model of equal layers traces it once.
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "sm_scale",
-        "soft_cap",
-        "sliding_window",
-        "mask_value",
-        "return_residuals",
-        "implementation",
-        "interpret",
-        "config",
-    ),
-)
-def _traced_once(
-    operands, *, mask_value, return_residuals, implementation, interpret, config, **options
-):
-    num_results = 3 if return_residuals else 1
-    arrays = (operands[name] for name in ("q", "k_pages", "v_pages", "page_indices"))
-    kernel = choose(
-        "ragged_paged_attention",
-        implementation,
-        {
-            "xla": lambda operands: xla.ragged_paged_attention(**operands, **options)[
-                :num_results
-            ],
-            "pallas_tpu": lambda operands: pallas_tpu.ragged_paged_attention(
-                **operands,
-                **options,
-                return_residuals=return_residuals,
-                interpret=interpret,
-                config=config,
-            ),
-        },
-        results=attention_results(operands["q"], num_results),
-        unsupported={"pallas_tpu": pallas_tpu.unsupported(*arrays)},
-        interpret=interpret,
-    )
-    kernel = differentiable(
-        "ragged_paged_attention",
-        implementation,
-        kernel,
-        lambda operands: reference.ragged_paged_attention(
-            **operands, **options, return_residuals=True
-        )[:num_results],
-    )
-    out, *residuals = kernel(operands)
-    if not residuals:
-        return (out,)
-    m, l = residuals
-    return out, jnp.where(l == 0, mask_value, m), l
