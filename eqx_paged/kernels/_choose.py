@@ -42,6 +42,10 @@ def check_implementation(implementation: str | None, interpret: Any = False) -> 
             f"interpret is for one of {tuple(PLATFORMS)}, but implementation is "
             f"{implementation!r}."
         )
+    if implementation == "pallas_gpu" and not isinstance(interpret, bool):
+        raise ValueError(
+            f"interpret must be True or False for 'pallas_gpu', but is {interpret!r}."
+        )
 
 
 def choose(

@@ -10,10 +10,16 @@ import jax.numpy as jnp
 from .._types import Implementation
 from . import _arguments as arguments
 from ._choose import attention_results, check_implementation, choose
+from ._gpu import TritonConfig
 from ._gradient import differentiable
+from ._tpu import TPUConfig
+
+
+Config = TPUConfig | TritonConfig
 
 
 class PallasKernel(NamedTuple):
+    config: type  # of what says how it divides its work
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]  # of q, k_pages, v_pages, page_indices
 
@@ -25,6 +31,13 @@ class Operation(NamedTuple):
     reference: Callable[..., Any]
     xla: Callable[..., Any]
     pallas_tpu: PallasKernel
+    pallas_gpu: tuple[PallasKernel, ...]  # the first runs where no config is given
+
+    def pallas(self, config: Config | None) -> dict[str, PallasKernel]:
+        """The kernel of each implementation that a config, or none, is for."""
+        by_config = {kernel.config: kernel for kernel in self.pallas_gpu}
+        on_gpu = by_config.get(type(config), self.pallas_gpu[0])
+        return {"pallas_tpu": self.pallas_tpu, "pallas_gpu": on_gpu}
 
 
 def attend_over_pages(
@@ -38,7 +51,7 @@ def attend_over_pages(
     return_residuals: bool,
     implementation: Implementation | None,
     interpret: Any,
-    config: Any,
+    config: Config | None,
 ) -> Any:  # the output; with residuals also m and l
     """Checks the options, fills in what they leave open, and runs one implementation."""
     _, num_heads, head_dim = operands["q"].shape
@@ -52,6 +65,9 @@ def attend_over_pages(
         return_residuals=return_residuals,
     )
     check_implementation(implementation, interpret)
+    for name, kernel in operation.pallas(config).items():
+        if name == implementation:
+            _check_config(name, kernel, config)
     num_kv_heads = operands["k_pages"].shape[1]
     results = _traced_once(
         operands
@@ -70,6 +86,14 @@ def attend_over_pages(
         config=config,
     )
     return results if return_residuals else results[0]
+
+
+def _check_config(name, kernel, config):
+    if config is not None and not isinstance(config, kernel.config):
+        raise ValueError(
+            f"{name!r} runs, whose config is a {kernel.config.__name__}, but config is "
+            f"{config!r}."
+        )
 
 
 # Behind one `jit`, so that a model of equal layers traces it once.
@@ -99,19 +123,26 @@ def _traced_once(
     **options,
 ):
     num_results = 3 if return_residuals else 1
-    arrays = (operands[name] for name in ("q", "k_pages", "v_pages", "page_indices"))
+    arrays = [operands[name] for name in ("q", "k_pages", "v_pages", "page_indices")]
     for_pallas = dict(return_residuals=return_residuals, interpret=interpret, config=config)
+    pallas = operation.pallas(config)
+
+    def by_pallas(name):
+        def run(operands):
+            _check_config(name, pallas[name], config)
+            return pallas[name].run(**operands, **options, **for_pallas)
+
+        return run
+
     kernel = choose(
         operation.name,
         implementation,
         {
             "xla": lambda operands: operation.xla(**operands, **options)[:num_results],
-            "pallas_tpu": lambda operands: operation.pallas_tpu.run(
-                **operands, **options, **for_pallas
-            ),
+            **{name: by_pallas(name) for name in pallas},
         },
         results=attention_results(operands["q"], num_results),
-        unsupported={"pallas_tpu": operation.pallas_tpu.unsupported(*arrays)},
+        unsupported={name: kernel.unsupported(*arrays) for name, kernel in pallas.items()},
         interpret=interpret,
     )
     kernel = differentiable(

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import ManualAxisType
 
 from ._pages import LANES
 
@@ -16,7 +15,6 @@ from ._pages import LANES
 # Rows of a tile, of float32 and of int8.
 SUBLANES = 8
 INT8_SUBLANES = 32
-LOG2_E = 1.4426950408889634
 SMEM_BYTES = 2**20  # of every generation
 # Pages whose copies are started in a turn of a loop.
 PAGES_PER_TURN = 8
@@ -199,11 +197,6 @@ def rolled(count: Any, step: Callable[[Any], None], unroll: int) -> None:
     whole = count // unroll
     jax.lax.fori_loop(0, whole, turn, 0)
     jax.lax.fori_loop(whole * unroll, count, single, 0)
-
-
-def result_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A result of a kernel, which under `jax.shard_map` knows of no mesh axis."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
 
 
 def lane_tiles(x: jax.Array) -> list[jax.Array]:

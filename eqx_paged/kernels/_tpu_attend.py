@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ._pages import LANES
-from ._tpu import iota, lane_tiles, LOG2_E
+from ._pallas import LOG2_E
+from ._tpu import iota, lane_tiles
 
 
 # What `m` starts from, and what a hidden logit is: finite, so that no difference is NaN.

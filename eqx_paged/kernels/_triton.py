@@ -19,9 +19,9 @@ from jax.experimental.pallas import triton as plgpu
 from ._gpu import GPU, gpu, H100, TritonConfig
 from ._online_softmax import normalise
 from ._pages import page_size_of, value_dtype
+from ._pallas import LOG2_E
 
 
-LOG2_E = 1.4426950408889634
 # What `m` starts from, in powers of two, and what a hidden logit is: finite, so that no
 # difference is NaN, and so far below that it counts for nothing in a row without keys.
 LOWEST = -1e30
@@ -35,8 +35,11 @@ _STORED = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.uint16, jnp.int8)
 _STORED = (*_STORED, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
-def unsupported(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> str | None:
+def unsupported(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_indices: jax.Array
+) -> str | None:
     """Why the Triton kernels cannot run, or None."""
+    del page_indices
     chip = gpu()
     if chip is None and jax.__version_info__ >= (0, 11):
         return (
@@ -180,6 +183,14 @@ class Options(NamedTuple):
     v_scale: Any  # [num_kv_heads]
 
 
+class Seen(NamedTuple):
+    """Which positions some of the queries see."""
+
+    first: Any
+    end: Any  # none of them sees this one
+    keep: Callable[[jax.Array], jax.Array]  # of [1, positions]: which queries see each
+
+
 class State(NamedTuple):
     """Of a tile of queries, `m` in powers of two."""
 
@@ -235,21 +246,17 @@ def attend(
     blocks: tuple[Any, Any],
     *,
     logits_of: Callable[[jax.Array], jax.Array],
-    seen: tuple[Any, Any] | None,
-    keep: Callable[[jax.Array], jax.Array] | None,
+    seen: Seen | None,
 ) -> State:
-    """Adds the keys and values of a row's blocks from one to another.
-
-    `seen` bounds the positions that any of the queries sees; none is outside if it is None.
-    `keep(position)` says which queries see one, `[rows, block_size]`; None means all.
-    """
+    """Adds the keys and values of a row's blocks from one to another. If `seen` is None,
+    all queries see all of them."""
     lane, lane_there = lanes_of(tile)
 
     def add_block(block, state):
         position = block * tile.block_size + _block(tile)
         there = None
         if seen is not None:
-            there = (position >= seen[0]) & (position < seen[1])
+            there = (position >= seen.first) & (position < seen.end)
         page, offset = _places(tile, pools.page_indices, row, block, position, there)
         mask = None if tile.lanes == tile.head_dim else lane_there
         if there is not None:
@@ -259,8 +266,8 @@ def attend(
         at = (page, kv_head, offset[:, None], lane)
         k = _values(load(pools.k, *at, mask=mask))
         logits = logits_of(_dot(q, k, 1))
-        if keep is not None:
-            logits = jnp.where(keep(position[None]), logits, HIDDEN)
+        if seen is not None:
+            logits = jnp.where(seen.keep(position[None]), logits, HIDDEN)
         m = jnp.maximum(state.m, jnp.max(logits, axis=1))
         p = jnp.exp2(logits - m[:, None])
         old = jnp.exp2(state.m - m)

@@ -5,17 +5,20 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
+from .._gpu import TritonConfig
 from .._online_softmax import DEFAULT_MASK_VALUE
-from .._over_pages import attend_over_pages, Operation, PallasKernel
+from .._over_pages import attend_over_pages, Config, Operation, PallasKernel
 from .._tpu import TPUConfig
-from . import pallas_tpu, reference, tpu_plan, xla
+from .._triton import unsupported
+from . import pallas_tpu, pallas_triton, reference, tpu_plan, xla
 
 
 _OPERATION = Operation(
     "paged_attention",
     reference.paged_attention,
     xla.paged_attention,
-    PallasKernel(pallas_tpu.paged_attention, tpu_plan.unsupported),
+    PallasKernel(TPUConfig, pallas_tpu.paged_attention, tpu_plan.unsupported),
+    (PallasKernel(TritonConfig, pallas_triton.paged_attention, unsupported),),
 )
 
 
@@ -36,7 +39,7 @@ def paged_attention(
     return_residuals: bool = False,
     implementation: Implementation | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-    config: TPUConfig | None = None,
+    config: Config | None = None,
 ) -> (
     Float[Array, "num_seqs num_heads head_dim"]
     | tuple[
@@ -76,11 +79,12 @@ def paged_attention(
     - `mask_value`: what the residuals tell as the largest logit of a row without keys.
     - `return_residuals`: whether to return `(out, m, l)`, for
         [`eqx_paged.merge_residuals`][]. Not together with `sinks`.
-    - `implementation`: `"xla"`; `"pallas_tpu"`, which has no gradient; or None to let the
-        platform decide.
+    - `implementation`: `"xla"`; `"pallas_tpu"` or `"pallas_gpu"`, which have no gradient;
+        or None to let the platform decide.
     - `interpret`: runs the Pallas kernel that `implementation` names on a CPU, slowly:
-        True, or `pltpu.InterpretParams`, which can look for races.
-    - `config`: how a Pallas kernel for the TPU divides its work; None chooses.
+        True, or for the TPU's `pltpu.InterpretParams`, which can look for races.
+    - `config`: how a Pallas kernel divides its work, a [`eqx_paged.TPUConfig`][] or
+        [`eqx_paged.TritonConfig`][]; None chooses.
 
     **Returns:**
 
@@ -89,7 +93,8 @@ def paged_attention(
 
     **Raises:**
 
-    `ValueError` for shapes, dtypes and options that do not fit together;
+    `ValueError` for shapes, dtypes and options that do not fit together, and for the config
+    of another kernel than the one that runs;
     `NotImplementedError`, when the program is lowered, for an implementation that cannot
     run.
 

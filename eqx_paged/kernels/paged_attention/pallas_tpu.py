@@ -24,13 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from .._pages import LANES, values_of
+from .._pallas import result_of
 from .._tpu import (
     compiler_params,
     fetches_of,
     generation,
     iota,
     PAGES_PER_TURN,
-    result_of,
     rolled,
     rows_on_all_cores,
     TPUConfig,

@@ -12,7 +12,6 @@ Limits    those of `_triton.unsupported`.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, Real
 
 from .._gpu import GPU, Splits, splits_of, TritonConfig
-from .._tpu import result_of
+from .._pallas import result_of
 from .._triton import (
     attend,
     chip_or_default,
@@ -35,6 +34,7 @@ from .._triton import (
     Pools,
     pools_of,
     queries_of,
+    Seen,
     State,
     store,
     Tile,
@@ -103,8 +103,7 @@ def _kernel(
             empty_state(tile),
             (start // tile.block_size, pl.cdiv(end, tile.block_size)),
             logits_of=logits_by(sm_scale, soft_cap, options, kv_head),
-            seen=(first, end),
-            keep=lambda position: (position >= first) & (position < end),
+            seen=Seen(first, end, lambda at: (at >= first) & (at < end)),
         )
         whole = load(splits.counts, row) == 1
 
@@ -191,10 +190,10 @@ def paged_attention(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
+    return_residuals: bool,
     interpret: bool,
     config: TritonConfig | None,
-) -> tuple[Array, Array, Array]:
-    """Returns `(out, m, l)`."""
+) -> tuple[Array, ...]:
     config = TritonConfig() if config is None else config
     tile = tile_of(q, k_pages, config, max_rows=_MAX_ROWS, one_token=True)
     num_splits = num_splits_of(tile, config, chip_or_default())
@@ -208,21 +207,8 @@ def paged_attention(
         sliding_window=sliding_window,
     )
     options = Options(sinks, k_scale, v_scale)
-    num_parts, per_head = splits.rows.shape[0], q.shape[:2]
-    results = [
-        result_of(q.shape, q.dtype),
-        result_of(per_head, jnp.float32),
-        result_of(per_head, jnp.float32),
-    ]
-    parts = []
-    if num_splits > 0:
-        of_part = (num_parts, *q.shape[1:])
-        parts = [
-            result_of(of_part, jnp.float32),
-            result_of(of_part[:2], jnp.float32),
-            result_of(of_part[:2], jnp.float32),
-        ]
-    whole = pl.pallas_call(
+    num_parts = splits.rows.shape[0]
+    computed = pl.pallas_call(
         functools.partial(
             _kernel,
             tile=tile,
@@ -231,23 +217,36 @@ def paged_attention(
             sliding_window=sliding_window,
         ),
         grid=(num_parts, tile.groups),
-        out_shape=[*results, *parts],
+        out_shape=[
+            *_results(q.shape, q.dtype),
+            *(_results((num_parts, *q.shape[1:]), jnp.float32) if num_splits > 0 else ()),
+        ],
         compiler_params=compiler_params(tile),
         interpret=interpret,
         name="paged_attention",
     )(splits, kv_lens, q, pools_of(q, k_pages, v_pages, page_indices), options)
-    whole, parts = whole[: len(results)], whole[len(results) :]
-    if not parts:
-        return tuple(whole)
-    arguments: Any = (splits.first_parts, splits.counts, *parts, options, whole)
+    results, parts = computed[:3], computed[3:]
+    if num_splits > 0:
+        results = _merge(tile, splits, options, results, parts, interpret)
+    return tuple(results) if return_residuals else (results[0],)
+
+
+def _merge(tile, splits, options, results, parts, interpret):
+    """Puts the rows of several parts with the others."""
+    arguments = (splits.first_parts, splits.counts, *parts, options, results)
     first = len(jax.tree.leaves(arguments)) - len(results)
-    merged = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_merge_kernel, tile=tile),
-        grid=per_head,
-        out_shape=results,
+        grid=results[0].shape[:2],
+        out_shape=_results(results[0].shape, results[0].dtype),
         input_output_aliases={first + i: i for i in range(len(results))},
-        interpret=interpret,
         compiler_params=compiler_params(tile._replace(num_warps=4, num_stages=1)),
+        interpret=interpret,
         name="merge_parts",
     )(*arguments)
-    return tuple(merged)
+
+
+def _results(shape, dtype):
+    """An output, its largest logits and its denominators."""
+    per_head = result_of(shape[:2], jnp.float32)
+    return [result_of(shape, dtype), per_head, per_head]

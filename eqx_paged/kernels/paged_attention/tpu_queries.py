@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from .._online_softmax import normalise
 from .._pages import LANES
-from .._tpu import INT8_SUBLANES, LOG2_E
+from .._pallas import LOG2_E
+from .._tpu import INT8_SUBLANES
 from .._tpu_attend import int8_parts
 
 

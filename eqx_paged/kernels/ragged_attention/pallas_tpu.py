@@ -29,14 +29,13 @@ from jaxtyping import Array, Float, Int32, Real
 
 from .._online_softmax import normalise
 from .._pages import LANES, value_dtype, values_of
+from .._pallas import LOG2_E, result_of
 from .._tpu import (
     compiler_params,
     Generation,
     generation,
     iota,
     lane_tiles,
-    LOG2_E,
-    result_of,
     rows_on_all_cores,
     SMEM_BYTES,
     SUBLANES,

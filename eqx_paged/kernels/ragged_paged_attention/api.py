@@ -5,17 +5,20 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
+from .._gpu import TritonConfig
 from .._online_softmax import DEFAULT_MASK_VALUE
-from .._over_pages import attend_over_pages, Operation, PallasKernel
+from .._over_pages import attend_over_pages, Config, Operation, PallasKernel
 from .._tpu import TPUConfig
-from . import pallas_tpu, reference, tpu_plan, xla
+from .._triton import unsupported
+from . import pallas_tpu, pallas_triton, reference, tpu_plan, xla
 
 
 _OPERATION = Operation(
     "ragged_paged_attention",
     reference.ragged_paged_attention,
     xla.ragged_paged_attention,
-    PallasKernel(pallas_tpu.ragged_paged_attention, tpu_plan.unsupported),
+    PallasKernel(TPUConfig, pallas_tpu.ragged_paged_attention, tpu_plan.unsupported),
+    (PallasKernel(TritonConfig, pallas_triton.ragged_paged_attention, unsupported),),
 )
 
 
@@ -38,7 +41,7 @@ def ragged_paged_attention(
     return_residuals: bool = False,
     implementation: Implementation | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-    config: TPUConfig | None = None,
+    config: Config | None = None,
 ) -> (
     Float[Array, "num_tokens num_heads head_dim"]
     | tuple[

@@ -26,13 +26,13 @@ from jaxtyping import Array, Float, Int32, Real
 
 from .._blocked import Results, split_rows
 from .._pages import LANES, values_of
+from .._pallas import result_of
 from .._tpu import (
     compiler_params,
     fetches_of,
     generation,
     iota,
     PAGES_PER_TURN,
-    result_of,
     rolled,
     TPUConfig,
 )

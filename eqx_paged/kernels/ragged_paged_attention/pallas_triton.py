@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, Real
 
 from .._blocked import Results, split_rows
 from .._gpu import TritonConfig, work_list
-from .._tpu import result_of
+from .._pallas import result_of
 from .._triton import (
     attend,
     compiler_params,
@@ -33,6 +33,7 @@ from .._triton import (
     Pools,
     pools_of,
     queries_of,
+    Seen,
     store,
     Tile,
     tile_of,
@@ -120,12 +121,12 @@ def _kernel(
             kv_head,
             logits_of=logits_by(sm_scale, soft_cap, options, kv_head),
         )
-        some = dict(seen=(seen_from, last + 1), keep=keep)
+        some = Seen(seen_from, last + 1, keep)
         state = empty_state(tile)
         if sliding_window is not None:
-            state = add_blocks(state, (begin, whole_from), **some)
-        state = add_blocks(state, (whole_from, whole_to), seen=None, keep=None)
-        state = add_blocks(state, (whole_to, end), **some)
+            state = add_blocks(state, (begin, whole_from), seen=some)
+        state = add_blocks(state, (whole_from, whole_to), seen=None)
+        state = add_blocks(state, (whole_to, end), seen=some)
 
         out, m, l = finished(state, options, kv_head, head, there)
         store(out_ref, token_at[:, None], head[:, None], lane, value=out, mask=mask)
@@ -148,6 +149,7 @@ def ragged_paged_attention(
     sinks: Float[Array, " num_heads"] | None,
     k_scale: Float[Array, " num_kv_heads"] | None,
     v_scale: Float[Array, " num_kv_heads"] | None,
+    return_residuals: bool,
     interpret: bool,
     config: TritonConfig | None,
     **options: Any,
@@ -168,6 +170,7 @@ def ragged_paged_attention(
             sinks=sinks,
             k_scale=k_scale,
             v_scale=v_scale,
+            return_residuals=True,
             interpret=interpret,
             config=config,
             **options,
@@ -186,7 +189,8 @@ def ragged_paged_attention(
             **options,
         )
 
-    return split_rows(q, kv_lens, cu_q_lens, num_seqs, decode=decode, prefill=prefill)
+    results = split_rows(q, kv_lens, cu_q_lens, num_seqs, decode=decode, prefill=prefill)
+    return results if return_residuals else results[:1]
 
 
 def _launch(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._online_softmax import merge_residuals, normalise
-from .._tpu import LOG2_E
+from .._pallas import LOG2_E
 
 
 def tiles_per_core(plan, num_tokens):

@@ -24,12 +24,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from .._pages import LANES, pack, padded, tokens_per_row, value_dtype
+from .._pallas import result_of
 from .._tpu import (
     compiler_params,
     Generation,
     generation,
     iota,
-    result_of,
     rolled,
     SMEM_BYTES,
     SUBLANES,
