@@ -67,7 +67,10 @@ def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
         return f"are {dtype}, which a {chip.name} ({_dotted(chip)}) does not convert"
     # Pallas counts in 64 bits from 2**32 bytes on and else in 32, with a sign.
     if 2**31 < pages.size and pages.size * dtype.itemsize <= 2**32:
-        return f"have {pages.size} numbers of 8 bits, which are addressed up to {2**31}"
+        return (
+            f"have {pages.size} numbers of 8 bits; more than {2**31}, and no more than "
+            f"{2**32}, cannot be addressed"
+        )
     return None
 
 
