@@ -28,8 +28,9 @@ class TritonConfig:
     - `num_queries_per_block`: how many queries, of the tokens and heads that share a kv
         head, are worked on together, a power of two from 16 on. Of a decode step, those of
         one token, so that more are no use than there are heads a kv head.
-    - `num_splits`: into how many parts the rows of a decode step are cut, beyond one a
-        row, so that a few long rows keep the whole GPU busy. 0 leaves them whole.
+    - `num_splits`: into how many parts all rows of a decode step together are cut at most,
+        beyond one a row, so that a few long rows keep the whole GPU busy. 0 leaves them
+        whole.
     - `num_warps`, `num_stages`: of a program, and how many steps of its loop overlap. Up
         to 4 stages, loads were seen in the compiled code to wait for each other.
 
@@ -131,8 +132,9 @@ def splits_of(
 ) -> Splits:
     """Cuts rows into `num_splits + num_seqs` parts at most, of about one length.
 
-    A part is at least as long as all rows together divided by `num_splits`, so that there
-    are places for all; a long row has more parts than a short one.
+    A row longer than all rows together divided by `num_splits`, and than `min_blocks`, is
+    cut into as few equal parts as are not. So there are places for all parts, and a long
+    row has more of them than a short one.
     """
     num_seqs = kv_lens.shape[0]
     first_blocks = jnp.zeros_like(kv_lens)

@@ -22,6 +22,11 @@ class PallasKernel(NamedTuple):
     config: type  # of what says how it divides its work
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]  # of q, k_pages, v_pages, page_indices
+    # Why it cannot be lowered where it is not interpreted.
+    not_here: Callable[[], str | None] = lambda: None
+
+    def reason_against(self, *arrays: Any, interpret: Any) -> str | None:
+        return self.unsupported(*arrays) or (None if interpret else self.not_here())
 
 
 class Operation(NamedTuple):
@@ -142,7 +147,10 @@ def _traced_once(
             **{name: by_pallas(name) for name in pallas},
         },
         results=attention_results(operands["q"], num_results),
-        unsupported={name: kernel.unsupported(*arrays) for name, kernel in pallas.items()},
+        unsupported={
+            name: kernel.reason_against(*arrays, interpret=interpret)
+            for name, kernel in pallas.items()
+        },
         interpret=interpret,
     )
     kernel = differentiable(

@@ -40,13 +40,7 @@ def unsupported(
 ) -> str | None:
     """Why the Triton kernels cannot run, or None."""
     del page_indices
-    chip = gpu()
-    if chip is None and jax.__version_info__ >= (0, 11):
-        return (
-            "it must be known which GPU it is for: there is none here, and none in an "
-            "abstract mesh in scope"
-        )
-    chip = H100 if chip is None else chip
+    chip = chip_or_default()
     if chip.capability < 80:
         return f"it needs compute capability 8.0, but a {chip.name} has {_dotted(chip)}"
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -56,6 +50,16 @@ def unsupported(
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if (why := _unsupported_pages(chip, pages)) is not None:
             return f"{name} {why}"
+    return None
+
+
+def not_here() -> str | None:
+    """Why they cannot be lowered here, or None."""
+    if gpu() is None and jax.__version_info__ >= (0, 11):
+        return (
+            "it must be known which GPU it is for: there is none here, and none in an "
+            "abstract mesh in scope"
+        )
     return None
 
 

@@ -9,7 +9,7 @@ from .._gpu import TritonConfig
 from .._online_softmax import DEFAULT_MASK_VALUE
 from .._over_pages import attend_over_pages, Config, Operation, PallasKernel
 from .._tpu import TPUConfig
-from .._triton import unsupported
+from .._triton import not_here, unsupported
 from . import pallas_tpu, pallas_triton, reference, tpu_plan, xla
 
 
@@ -18,7 +18,11 @@ _OPERATION = Operation(
     reference.ragged_paged_attention,
     xla.ragged_paged_attention,
     PallasKernel(TPUConfig, pallas_tpu.ragged_paged_attention, tpu_plan.unsupported),
-    (PallasKernel(TritonConfig, pallas_triton.ragged_paged_attention, unsupported),),
+    (
+        PallasKernel(
+            TritonConfig, pallas_triton.ragged_paged_attention, unsupported, not_here
+        ),
+    ),
 )
 
 
