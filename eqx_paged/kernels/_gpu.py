@@ -6,7 +6,7 @@ model ask for the same, and XLA computes it once a step.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,11 @@ def gpu() -> GPU | None:
 # --- Who works on what
 
 
+def cdiv(x: Any, y: Any) -> Any:
+    """Rounded up, and of the dtype of `x` where 64 bits are enabled too."""
+    return -(-x // y)
+
+
 class Splits(NamedTuple):
     """Parts of rows: of each, its row and which positions it works on; those of a row are
     consecutive. A part that does not exist is of row `num_seqs`."""
@@ -140,11 +145,12 @@ def splits_of(
     first_blocks = jnp.zeros_like(kv_lens)
     if sliding_window is not None:
         first_blocks = jnp.maximum(kv_lens - sliding_window, 0) // block_size
-    blocks = -(-kv_lens // block_size) - first_blocks
+    blocks = cdiv(kv_lens, block_size) - first_blocks
     counts = jnp.ones_like(kv_lens)
     if num_splits > 0:
-        length = jnp.maximum(-(-jnp.sum(blocks) // num_splits), min_blocks)
-        counts = jnp.maximum(-(-blocks // length), 1)
+        total = jnp.sum(blocks, dtype=jnp.int32)
+        counts = cdiv(blocks, jnp.maximum(cdiv(total, num_splits), min_blocks))
+        counts = jnp.maximum(counts, 1)
     rows, place = work_list(counts, num_splits + num_seqs)
     row = jnp.minimum(rows, num_seqs - 1)
     # The first `longer` parts of a row have a block more than the others.
@@ -156,7 +162,8 @@ def splits_of(
 
     first_blocks, each, longer = first_blocks[row], each[row], longer[row]
     starts, ends = end_of(place), jnp.minimum(end_of(place + 1), kv_lens[row])
-    return Splits(rows, starts, ends, jnp.cumsum(counts) - counts, counts)
+    first_parts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    return Splits(rows, starts, ends, first_parts, counts)
 
 
 def work_list(
@@ -164,7 +171,7 @@ def work_list(
 ) -> tuple[Int32[Array, " capacity"], Int32[Array, " capacity"]]:
     """`counts[i]` items of row `i`, row after row: the row of each item, and which of its
     row's it is. Items past the last are of row `num_seqs`."""
-    ends = jnp.cumsum(counts)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
     item = jnp.arange(capacity, dtype=jnp.int32)
     rows = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
     before = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])

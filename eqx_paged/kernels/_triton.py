@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ._gpu import GPU, gpu, H100, TritonConfig
+from ._gpu import cdiv, GPU, gpu, H100, TritonConfig
 from ._online_softmax import normalise
 from ._pages import page_size_of, value_dtype
 from ._pallas import LOG2_E
@@ -113,7 +113,7 @@ class Tile(NamedTuple):
 
     @property
     def tiles_per_group(self) -> int:
-        return pl.cdiv(self.group, self.heads)
+        return cdiv(self.group, self.heads)
 
     @property
     def tokens(self) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, Real
 
-from .._gpu import GPU, Splits, splits_of, TritonConfig
+from .._gpu import cdiv, GPU, Splits, splits_of, TritonConfig
 from .._pallas import result_of
 from .._triton import (
     attend,
@@ -57,7 +57,7 @@ _PROGRAMS_PER_CORE = 8
 def num_splits_of(tile: Tile, config: TritonConfig, chip: GPU) -> int:
     if config.num_splits is not None:
         return config.num_splits
-    return pl.cdiv(_PROGRAMS_PER_CORE * chip.num_cores, tile.groups)
+    return cdiv(_PROGRAMS_PER_CORE * chip.num_cores, tile.groups)
 
 
 # --- Body
@@ -101,7 +101,7 @@ def _kernel(
             row,
             kv_head,
             empty_state(tile),
-            (start // tile.block_size, pl.cdiv(end, tile.block_size)),
+            (start // tile.block_size, cdiv(end, tile.block_size)),
             logits_of=logits_by(sm_scale, soft_cap, options, kv_head),
             seen=Seen(first, end, lambda at: (at >= first) & (at < end)),
         )
@@ -167,7 +167,7 @@ def _merge_kernel(
         empty = State(
             jnp.float32(LOWEST), jnp.float32(0), jnp.zeros(tile.lanes, jnp.float32)
         )
-        state = jax.lax.fori_loop(0, pl.cdiv(count, _MERGED), add_parts, empty)
+        state = jax.lax.fori_loop(0, cdiv(count, _MERGED), add_parts, empty)
         out, m, l = finished(State(*state), options, head // tile.group, head, None)
         store(out_ref, row, head, lane[0], value=out, mask=lane_there[0])
         store(m_ref, row, head, value=m, mask=None)
@@ -203,7 +203,7 @@ def paged_attention(
         kv_lens,
         block_size=tile.block_size,
         num_splits=num_splits,
-        min_blocks=pl.cdiv(_MIN_PART, tile.block_size),
+        min_blocks=cdiv(_MIN_PART, tile.block_size),
         sliding_window=sliding_window,
     )
     options = Options(sinks, k_scale, v_scale)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, Real
 
 from .._blocked import Results, split_rows
-from .._gpu import TritonConfig, work_list
+from .._gpu import cdiv, TritonConfig, work_list
 from .._pallas import result_of
 from .._triton import (
     attend,
@@ -106,11 +106,11 @@ def _kernel(
 
         # Between these blocks, all tokens see all keys.
         begin = seen_from // tile.block_size
-        end = jnp.maximum(pl.cdiv(last + 1, tile.block_size), begin)
+        end = jnp.maximum(cdiv(last + 1, tile.block_size), begin)
         whole_to = jnp.clip((first + 1) // tile.block_size, begin, end)
         whole_from = begin
         if sliding_window is not None:
-            whole_from = pl.cdiv(last - sliding_window + 1, tile.block_size)
+            whole_from = cdiv(last - sliding_window + 1, tile.block_size)
             whole_from = jnp.clip(whole_from, begin, whole_to)
         add_blocks = functools.partial(
             attend,
@@ -208,7 +208,7 @@ def _launch(
     num_tokens, num_heads, _ = q.shape
     # Each row ends in a tile that may not be full, and there are two tokens in each row.
     num_items = num_tokens // tile.tokens + max(1, min(len(kv_lens), num_tokens // 2))
-    counts = pl.cdiv(q_lens, tile.tokens)
+    counts = cdiv(q_lens, tile.tokens)
     rows, place = work_list(counts, num_items)
     last = counts[jnp.minimum(rows, len(kv_lens) - 1)] - 1
     padding = [
