@@ -1,5 +1,7 @@
 """The TPU kernel: its numbers and races as interpreted, and that it compiles."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -126,6 +128,36 @@ def test_bfloat16(getkey, num_kv_heads):
     check(case)
 
 
+@pytest.mark.parametrize(
+    "num_kv_heads, dtype",
+    (
+        (3, "int8"),
+        pytest.param(8, "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param(8, "int8", marks=pytest.mark.slow),
+        pytest.param(1, "float8_e4m3fn", marks=pytest.mark.slow),
+    ),
+)
+def test_eight_bits_a_number(getkey, num_kv_heads, dtype):
+    case = ragged_case(
+        getkey(),
+        windows=((0, 0), (0, 1), (31, 200), (130, 320)),
+        size=320,
+        num_heads=2 * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        dtype="bfloat16",
+    )
+    # Stored as twentieths; what is outside the windows as some number.
+    stored = [jnp.nan_to_num(20 * x, nan=99).astype(dtype) for x in (case.k, case.v)]
+    scales = dict(k_scale=head_values(num_kv_heads) / 20, v_scale=jnp.float32(1 / 20))
+    args = (case.q, *stored, case.lengths, case.starts)
+    out = run("ragged_gqa", "pallas_tpu", args, interpret=True, **scales)
+    assert out[0].dtype == jnp.bfloat16
+    exact = dataclasses.replace(case, k=stored[0], v=stored[1])
+    for x, wanted in zip(out, expected(exact, **scales)):
+        assert_close(x, wanted, "bfloat16")
+
+
 def test_bits_and_queries_of_another_dtype(getkey):
     windows = ((0, 130), (3, 40))
     case = ragged_case(getkey(), windows=windows, size=130, head_dim=128, dtype="bfloat16")
@@ -175,6 +207,7 @@ def test_the_other_functions(getkey, name):
     (
         (dict(head_dim=64, size=32), "head_dim"),
         (dict(head_dim=128, size=33, num_kv_heads=1), "max_len"),
+        (dict(head_dim=128, size=32, dtype="float16"), "float16"),
     ),
     ids=str,
 )
@@ -254,7 +287,8 @@ def test_blocks_outside_the_windows_are_not_fetched(getkey, fresh_traces, monkey
 def compiled_for(generation, num_heads, num_kv_heads, head_dim, dtype):
     import eqx_paged
 
-    q = jax.ShapeDtypeStruct((4, num_heads, head_dim), dtype)
+    q_dtype = jnp.float32 if dtype == "float32" else jnp.bfloat16
+    q = jax.ShapeDtypeStruct((4, num_heads, head_dim), q_dtype)
     kv = jax.ShapeDtypeStruct((4, 4096, num_kv_heads, head_dim), dtype)
     rows = jax.ShapeDtypeStruct((4,), jnp.int32)
     return compile_for(generation, eqx_paged.ragged_gqa, (q, kv, kv, rows, rows)), kv
@@ -274,7 +308,7 @@ ALL_HEADS = (
         else pytest.param(name, heads, dtype, marks=pytest.mark.slow)
         for name in TOPOLOGIES
         for heads in ALL_HEADS
-        for dtype in ("bfloat16", "float32")
+        for dtype in ("bfloat16", "float32", "int8", "float8_e4m3fn")
     ],
 )
 def test_it_compiles_and_copies_nothing(name, heads, dtype):

@@ -13,8 +13,8 @@ Scratch   K and V of two blocks, each slot an array of its own: with one array a
           traced slot number the compiler lets no copy start beside a load.
 State     running max `m`, running sum `l` (one partial sum a lane), accumulator `acc`;
           float32, carried as values.
-Limits    head_dim a multiple of 128, one dtype for K and V. A value that is not finite in
-          a window spoils all heads of the row.
+Limits    head_dim a multiple of 128, one dtype for K and V, no float16. A value that is
+          not finite in a window spoils all heads of the row.
 """
 
 import functools
@@ -28,12 +28,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from .._online_softmax import normalise
-from .._pages import LANES, value_dtype, values_of
+from .._pages import LANES, values_of
 from .._pallas import LOG2_E, result_of
 from .._tpu import (
     compiler_params,
     Generation,
     generation,
+    INT8_SUBLANES,
     iota,
     lane_tiles,
     rows_on_all_cores,
@@ -45,6 +46,7 @@ from .._tpu import (
 from .._tpu_attend import (
     add_softmax,
     dot,
+    dtype_of_products,
     finished,
     HIDDEN,
     logit_factors,
@@ -65,28 +67,31 @@ def unsupported(k: Array, v: Array) -> str | None:
         return f"head_dim must be a multiple of {LANES}, not {head_dim}"
     if k.dtype != v.dtype:
         return f"K and V must have one dtype, not {k.dtype} and {v.dtype}"
-    if value_dtype(k.dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"K and V must be float32 or bfloat16, not {k.dtype}"
-    if not _by_token(num_kv_heads) and max_len % _TILE_ROWS != 0:
+    if k.dtype == jnp.float16:
+        return "a TPU does not compute with float16"
+    tile_rows = _tile_rows(k.dtype)
+    if not _by_token(num_kv_heads, k.dtype) and max_len % tile_rows != 0:
         return (
-            f"max_len must be a multiple of {_TILE_ROWS} with {num_kv_heads} kv heads, "
-            f"not {max_len}"
+            f"max_len must be a multiple of {tile_rows} with {num_kv_heads} kv heads of "
+            f"{k.dtype}, not {max_len}"
         )
     if num_seqs * 3 * 4 > SMEM_BYTES // 2:
         return f"the windows of {num_seqs} rows are too many for its memory"
     return None
 
 
-# Of a tile of bfloat16, the most that a kernel aligns to.
-_TILE_ROWS = 16
+def _tile_rows(dtype: jnp.dtype) -> int:
+    """Rows of a tile, of 8 bits and of up to 32: the most that a copy is aligned to."""
+    return INT8_SUBLANES if dtype.itemsize == 1 else 2 * SUBLANES
 
 
-def _by_token(num_kv_heads: int) -> bool:
+def _by_token(num_kv_heads: int, dtype: jnp.dtype) -> bool:
     """Whether the heads of a token are a tile, or a whole part of one. XLA then stores
     them together, as the array says, and else the tokens of a head, which wastes less: so
     the kernel takes the one as it is and the other with the axes swapped, both without a
     copy."""
-    return num_kv_heads in (2, 4) or num_kv_heads % SUBLANES == 0
+    whole_parts = (4,) if dtype.itemsize == 1 else (2, 4)
+    return num_kv_heads in whole_parts or num_kv_heads % SUBLANES == 0
 
 
 # --- Block sizes
@@ -99,6 +104,7 @@ class Plan(NamedTuple):
     num_kv_heads: int
     max_len: int
     by_token: bool
+    align: int  # what the first position of a block is a multiple of
     piece: int  # positions that are copied together
     pieces: int  # of a block
     chunk: int  # positions that are computed together where a window begins or ends
@@ -117,11 +123,6 @@ class Plan(NamedTuple):
         """Positions of a block; more than there are where the buffer is short."""
         return self.piece * self.pieces
 
-    @property
-    def align(self) -> int:
-        """What the first position of a block is a multiple of."""
-        return 1 if self.by_token else _TILE_ROWS
-
 
 # What a block is meant to hold of K, and a chunk of keys.
 _BLOCK_BYTES = 2**21
@@ -139,7 +140,7 @@ def plan_of(
     """The sizes for these shapes and this TPU."""
     num_seqs, num_heads, head_dim = q.shape
     _, max_len, num_kv_heads, _ = k.shape
-    by_token = _by_token(num_kv_heads)
+    by_token = _by_token(num_kv_heads, k.dtype)
     cores = _cores_of(config, chip)
     queries = whole_tiles(num_heads)
     # Whole registers of scores.
@@ -180,6 +181,7 @@ def plan_of(
         num_kv_heads=num_kv_heads,
         max_len=max_len,
         by_token=by_token,
+        align=1 if by_token else _tile_rows(k.dtype),
         piece=piece,
         pieces=pieces,
         chunk=chunk,
@@ -418,11 +420,10 @@ def ragged_gqa(
     if k_scale is not None:
         factors = factors * jnp.repeat(k_scale, group)
     k, v = values_of(k), values_of(v)
-    queries = q.astype(jnp.float32) * factors[None, :, None]
-    if q.dtype == k.dtype:  # and in float32 otherwise
-        queries = queries.astype(q.dtype)
+    dtype = dtype_of_products(q, k)
+    queries = (q.astype(jnp.float32) * factors[None, :, None]).astype(dtype)
     padding = plan.cores * plan.steps * plan.rows_per_step - num_seqs
-    plain = v_scale is None and sinks is None and q.dtype == k.dtype
+    plain = v_scale is None and sinks is None and q.dtype == dtype
     if not plan.by_token:
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     out, ml = _launch(
