@@ -70,9 +70,9 @@ def attend_over_pages(
         return_residuals=return_residuals,
     )
     check_implementation(implementation, interpret)
-    for name, kernel in operation.pallas(config).items():
-        if name == implementation:
-            _check_config(name, kernel, config)
+    pallas = operation.pallas(config)
+    if implementation in pallas:
+        _check_config(implementation, pallas[implementation], config)
     num_kv_heads = operands["k_pages"].shape[1]
     results = _traced_once(
         operands

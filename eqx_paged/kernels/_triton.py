@@ -7,7 +7,6 @@ Blocks are powers of two, so what is there is told by masks: a masked load neith
 the memory nor follows a page number, and gives 0, also where the slot holds NaN.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from ._gpu import cdiv, GPU, gpu, H100, TritonConfig
 from ._online_softmax import normalise
-from ._pages import page_size_of, value_dtype
+from ._pages import lanes_per_token, page_size_of, value_dtype
 from ._pallas import LOG2_E
 
 
@@ -31,8 +30,9 @@ MIN_ROWS = 16  # of a matrix product, in each axis
 
 # --- Limits
 
-_STORED = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.uint16, jnp.int8)
-_STORED = (*_STORED, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+_QUERIES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_STORED = (*_QUERIES, jnp.uint16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 def unsupported(
@@ -43,8 +43,8 @@ def unsupported(
     chip = chip_or_default()
     if chip.capability < 80:
         return f"it needs compute capability 8.0, but a {chip.name} has {_dotted(chip)}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"queries must have at most 32 bits, but are {q.dtype}"
+    if q.dtype not in _QUERIES:
+        return f"queries must be of {_names(_QUERIES)}, not {q.dtype}"
     if q.shape[2] > 256:
         return f"head_dim must be at most 256, not {q.shape[2]}"
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
@@ -66,7 +66,7 @@ def not_here() -> str | None:
 def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
     dtype = pages.dtype
     if dtype not in _STORED:
-        return f"must be of {', '.join(str(jnp.dtype(x)) for x in _STORED)}, not {dtype}"
+        return f"must be of {_names(_STORED)}, not {dtype}"
     if dtype == jnp.float8_e4m3fn and chip.capability < 89:
         return f"are {dtype}, which a {chip.name} ({_dotted(chip)}) does not convert"
     # Pallas counts in 64 bits from 2**32 bytes on and else in 32, with a sign.
@@ -76,6 +76,10 @@ def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
             f"{2**32}, cannot be addressed"
         )
     return None
+
+
+def _names(dtypes):
+    return ", ".join(str(jnp.dtype(dtype)) for dtype in dtypes)
 
 
 def _dotted(chip: GPU) -> str:
@@ -92,8 +96,11 @@ _BLOCK_BYTES = 2**14
 _EXACT_BYTES = 2**13
 _EXACT_ACC = 2**12
 _EXACT_ROWS = 32
-# Tensor cores before Hopper's take both operands from registers, which fills them sooner.
-_ROWS_BEFORE_HOPPER = 64
+# The tensor cores of a warp, all there are but on Hopper and its successors for servers,
+# take what they multiply from registers, which are full the sooner; and queries share the
+# memory of a core, of which these GPUs have as little as 99 KiB, with keys and values.
+_WARP_ROWS = 64
+_WARP_NUMBERS = 2**13
 
 
 class Tile(NamedTuple):
@@ -140,18 +147,19 @@ def tile_of(
     group = num_heads // num_kv_heads
     lanes = max(MIN_ROWS, pl.next_power_of_2(head_dim))
     dtype = jnp.dtype(dtype_of_products(q.dtype, k_pages.dtype))
-    exact, hopper = dtype == jnp.float32, chip_or_default().capability >= 90
+    exact = dtype == jnp.float32
+    by_warp = not 90 <= chip_or_default().capability < 120
     if exact:
         max_rows = min(max_rows, _EXACT_ROWS, max(MIN_ROWS, _EXACT_ACC // lanes))
-    elif not hopper:
-        max_rows = min(max_rows, _ROWS_BEFORE_HOPPER)
+    elif by_warp:
+        max_rows = min(max_rows, _WARP_ROWS, _WARP_NUMBERS // lanes)
     rows = config.num_queries_per_block or max_rows
     if one_token:
         rows = min(rows, max(MIN_ROWS, pl.next_power_of_2(group)))
     block_size = (_EXACT_BYTES if exact else _BLOCK_BYTES) // (lanes * dtype.itemsize)
-    block_size = max(MIN_ROWS, min(128 if hopper else 64, block_size))
+    block_size = max(MIN_ROWS, min(64 if by_warp else 128, block_size))
     block_size = config.block_size or block_size
-    large = exact or rows * max(lanes, block_size) >= (2**14 if hopper else 2**13)
+    large = exact or rows * max(lanes, block_size) >= (2**12 if by_warp else 2**14)
     return Tile(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -308,7 +316,7 @@ def _divmod(x, y):
 def dtype_of_products(q_dtype: Any, stored_dtype: Any) -> Any:
     """In which queries, or probabilities, are multiplied with what is stored."""
     dtype = value_dtype(stored_dtype)
-    return q_dtype if dtype.itemsize == 1 else jnp.promote_types(q_dtype, dtype)
+    return q_dtype if dtype.itemsize == 1 or dtype == q_dtype else jnp.float32
 
 
 def _values(stored):
@@ -370,10 +378,7 @@ def pools_of(
     q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_indices: jax.Array
 ) -> Pools:
     """With a token a row, which costs nothing on a GPU."""
-    page_size = page_size_of(k_pages, q.shape[2])
-    shape = (
-        *k_pages.shape[:2],
-        page_size,
-        k_pages.size // math.prod(k_pages.shape[:2]) // page_size,
-    )
+    head_dim = q.shape[2]
+    width = lanes_per_token(k_pages.shape[3], head_dim)
+    shape = (*k_pages.shape[:2], page_size_of(k_pages, head_dim), width)
     return Pools(k_pages.reshape(shape), v_pages.reshape(shape), page_indices)

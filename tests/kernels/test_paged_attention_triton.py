@@ -369,6 +369,14 @@ def test_offsets_in_large_pools_have_64_bits(dtype):
     assert [*bits.values()] == ["i32", "i64"]
 
 
+@pytest.mark.parametrize("x64", (False, True))
+def test_it_is_the_same_program_where_64_bits_are_enabled(x64):
+    with lowered_for("NVIDIA H100"), jax.enable_x64(x64):
+        decode, merge = triton_programs(attend_on_gpu, *decode_shapes(8))
+    for program in (decode, merge):
+        assert "xi64>" not in program and "xf64>" not in program
+
+
 def test_loads_overlap_over_several_stages():
     with lowered_for("NVIDIA H100"):
         lowered = lower(attend_on_gpu, *decode_shapes(8))
