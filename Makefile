@@ -12,11 +12,12 @@ PYTEST := $(RUN) -m pytest -n $(WORKERS)
 # without this JAX would look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help setup demo test test-slow test-all lint bench docs check-python
+.PHONY: help setup demo test test-slow test-all test-gpu-aot gpu-aot lint bench docs
+.PHONY: check-python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: setup-dev ## the environment for development
 	@echo "ready: $(VENV)"
@@ -25,13 +26,26 @@ demo: setup-models ## questions to the embedded model, answered through the page
 	@$(RUN) -m scripts.demo
 
 test: setup-test ## the tests, without the slow ones
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not gpu_aot"
 
 test-slow: setup-test ## only the slow tests
 	$(PYTEST) -m slow
 
 test-all: setup-test ## every test
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "not gpu_aot"
+
+# JAX's CUDA plugin of the version that the budgets are of is not made for older Pythons,
+# and what another version compiles to is not compared with them.
+test-gpu-aot: ## compile the GPU kernels, without a GPU (needs Python 3.12)
+	@for python in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python3.12; do \
+	  if "$$python" -c '' 2>/dev/null; then \
+	    exec $(MAKE) --no-print-directory gpu-aot PYTHON="$$python" VENV=.venv-gpu; fi; \
+	done; \
+	echo "Python 3.12 is needed: there is no python3.12 in PATH or ~/.pyenv/versions" >&2; \
+	exit 1
+
+gpu-aot: setup-gpu-aot
+	$(PYTEST) -m gpu_aot tests/gpu
 
 lint: setup-dev ## formatting, style and types
 	$(RUN) -m ruff format --check .

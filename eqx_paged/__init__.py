@@ -21,7 +21,10 @@ from ._kv_pages import KVPages as KVPages
 from ._page_table import PageCopies as PageCopies, PageTable as PageTable
 from ._ragged_cache import RaggedKV as RaggedKV, RaggedKVCache as RaggedKVCache
 from ._results import RESULTS as RESULTS
-from .kernels._gpu import TritonConfig as TritonConfig
+from .kernels._gpu import (
+    MosaicGPUConfig as MosaicGPUConfig,
+    TritonConfig as TritonConfig,
+)
 from .kernels._online_softmax import merge_residuals as merge_residuals
 from .kernels._tpu import TPUConfig as TPUConfig
 from .kernels.paged_attention import paged_attention as paged_attention

@@ -39,10 +39,10 @@ def check_floating(**arrays: Array) -> None:
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
-    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
+    if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads != 0:
         raise ValueError(
-            f"num_heads must be a multiple of num_kv_heads, but they are {num_heads} "
-            f"and {num_kv_heads}."
+            "num_heads must be a multiple of num_kv_heads, and neither 0, but they are "
+            f"{num_heads} and {num_kv_heads}."
         )
 
 
@@ -54,7 +54,8 @@ def check_pages(k_pages: Array, v_pages: Array, head_dim: int) -> None:
             f"k_pages and v_pages must have one shape, but have {k_pages.shape} and "
             f"{v_pages.shape}."
         )
-    for name, size in (("head_dim", head_dim), ("num_pages", k_pages.shape[0])):
+    num_pages, _, rows, _ = k_pages.shape
+    for name, size in (("head_dim", head_dim), ("num_pages", num_pages), ("rows", rows)):
         if size == 0:
             raise ValueError(f"{name} must be at least 1, but is 0.")
     check_stored(k_pages=k_pages, v_pages=v_pages)

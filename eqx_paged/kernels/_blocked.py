@@ -101,7 +101,8 @@ def blocked_attention(
         here = kv_lens[row] - q_lens[row] + offset + jnp.arange(tile, dtype=jnp.int32)
         seen_from = kv_starts[row]
         if sliding_window is not None:
-            seen_from = jnp.maximum(seen_from, here[0] - sliding_window + 1)
+            first = jnp.maximum(here[0], 0) - sliding_window + 1
+            seen_from = jnp.maximum(seen_from, first)
         seen_to = jnp.minimum(here[-1] + 1, kv_lens[row])
         start = q_starts[row] + offset
         q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile, axis=2)
@@ -112,7 +113,7 @@ def blocked_attention(
             position = (at + jnp.arange(block, dtype=jnp.int32))[None]
             keep = (position <= here[:, None]) & (position >= kv_starts[row])
             if sliding_window is not None:
-                keep &= position > here[:, None] - sliding_window
+                keep &= here[:, None] - position < sliding_window
             logits = jnp.einsum("kgqd,ksd->kgqs", q_tile, k)
             if soft_cap is not None:
                 logits = soft_cap * jnp.tanh(logits / soft_cap)

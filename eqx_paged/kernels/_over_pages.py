@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from .._types import Implementation
 from . import _arguments as arguments
 from ._choose import attention_results, check_implementation, choose
-from ._gpu import TritonConfig
+from ._gpu import MosaicGPUConfig, TritonConfig
 from ._gradient import differentiable
+from ._pages import page_size_of
 from ._tpu import TPUConfig
 
 
-Config = TPUConfig | TritonConfig
+Config = TPUConfig | TritonConfig | MosaicGPUConfig
 
 
 class PallasKernel(NamedTuple):
@@ -24,9 +25,11 @@ class PallasKernel(NamedTuple):
     unsupported: Callable[..., str | None]  # of q, k_pages, v_pages, page_indices
     # Why it cannot be lowered where it is not interpreted.
     not_here: Callable[[], str | None] = lambda: None
+    # What `interpret=True` stands for, if not the interpreter of all platforms.
+    interpreter: Callable[[], Any] = lambda: True
 
-    def reason_against(self, *arrays: Any, interpret: Any) -> str | None:
-        return self.unsupported(*arrays) or (None if interpret else self.not_here())
+    def reason_against(self, *arrays: Any, by_name: bool) -> str | None:
+        return self.unsupported(*arrays) or (None if by_name else self.not_here())
 
 
 class Operation(NamedTuple):
@@ -70,10 +73,10 @@ def attend_over_pages(
         return_residuals=return_residuals,
     )
     check_implementation(implementation, interpret)
-    pallas = operation.pallas(config)
-    if implementation in pallas:
-        _check_config(implementation, pallas[implementation], config)
+    _check_config(operation, implementation, config)
     num_kv_heads = operands["k_pages"].shape[1]
+    if sliding_window is not None:  # none sees more, and no sum with it overflows
+        sliding_window = min(sliding_window, _capacity(operands, head_dim))
     results = _traced_once(
         operands
         | {
@@ -93,12 +96,25 @@ def attend_over_pages(
     return results if return_residuals else results[0]
 
 
-def _check_config(name, kernel, config):
-    if config is not None and not isinstance(config, kernel.config):
-        raise ValueError(
-            f"{name!r} runs, whose config is a {kernel.config.__name__}, but config is "
-            f"{config!r}."
-        )
+def _capacity(operands, head_dim):
+    """Tokens that a row has places for."""
+    pages_per_seq = operands["page_indices"].shape[1]
+    return pages_per_seq * page_size_of(operands["k_pages"], head_dim)
+
+
+def _check_config(operation, implementation, config):
+    """Whether a config is one of the implementation's, or of any where that is open."""
+    types: dict[str | None, tuple[type, ...]] = {
+        "xla": (),
+        "pallas_tpu": (operation.pallas_tpu.config,),
+        "pallas_gpu": tuple(kernel.config for kernel in operation.pallas_gpu),
+    }
+    types[None] = types["pallas_tpu"] + types["pallas_gpu"]
+    known = types[implementation]
+    if config is not None and not isinstance(config, known):
+        names = " or a ".join(config_type.__name__ for config_type in known)
+        takes = f"whose config is a {names}" if names else "which takes no config"
+        raise ValueError(f"{implementation!r} runs, {takes}, but config is {config!r}.")
 
 
 # Behind one `jit`, so that a model of equal layers traces it once.
@@ -129,12 +145,20 @@ def _traced_once(
 ):
     num_results = 3 if return_residuals else 1
     arrays = [operands[name] for name in ("q", "k_pages", "v_pages", "page_indices")]
-    for_pallas = dict(return_residuals=return_residuals, interpret=interpret, config=config)
     pallas = operation.pallas(config)
+    unsupported = {
+        name: kernel.reason_against(*arrays, by_name=name == implementation)
+        for name, kernel in pallas.items()
+    }
+    if interpret is True and unsupported.get(implementation) is None:
+        interpret = pallas[implementation].interpreter()
+    for_pallas = dict(return_residuals=return_residuals, interpret=interpret, config=config)
 
     def by_pallas(name):
         def run(operands):
-            _check_config(name, pallas[name], config)
+            _check_config(operation, name, config)
+            if not interpret and (why := pallas[name].not_here()) is not None:
+                raise NotImplementedError(f"{operation.name} cannot run as {name!r}: {why}")
             return pallas[name].run(**operands, **options, **for_pallas)
 
         return run
@@ -147,10 +171,7 @@ def _traced_once(
             **{name: by_pallas(name) for name in pallas},
         },
         results=attention_results(operands["q"], num_results),
-        unsupported={
-            name: kernel.reason_against(*arrays, interpret=interpret)
-            for name, kernel in pallas.items()
-        },
+        unsupported=unsupported,
         interpret=interpret,
     )
     kernel = differentiable(

@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from ._gpu import cdiv, GPU, gpu, H100, TritonConfig
+from ._gpu import cdiv, chip_or_default, dotted, GPU, gpu, named_kind, TritonConfig
 from ._online_softmax import normalise
 from ._pages import lanes_per_token, page_size_of, value_dtype
 from ._pallas import LOG2_E
+
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # of a JAX that has dropped it
+    plgpu: Any = None
 
 
 # What `m` starts from, in powers of two, and what a hidden logit is: finite, so that no
@@ -40,9 +45,11 @@ def unsupported(
 ) -> str | None:
     """Why the Triton kernels cannot run, or None."""
     del page_indices
+    if plgpu is None:
+        return f"Pallas has no Triton backend in JAX {jax.__version__}"
     chip = chip_or_default()
     if chip.capability < 80:
-        return f"it needs compute capability 8.0, but a {chip.name} has {_dotted(chip)}"
+        return f"it needs compute capability 8.0, but a {chip.name} has {dotted(chip)}"
     if q.dtype not in _QUERIES:
         return f"queries must be of {_names(_QUERIES)}, not {q.dtype}"
     if q.shape[2] > 256:
@@ -55,12 +62,12 @@ def unsupported(
 
 def not_here() -> str | None:
     """Why they cannot be lowered here, or None."""
-    if gpu() is None and jax.__version_info__ >= (0, 11):
-        return (
-            "it must be known which GPU it is for: there is none here, and none in an "
-            "abstract mesh in scope"
-        )
-    return None
+    if gpu() is not None or (named_kind() is None and jax.__version_info__ < (0, 11)):
+        return None
+    return (
+        "it must be known which GPU it is for, but there is no such GPU here or in an "
+        f"abstract mesh in scope: {named_kind() or jax.devices()[0].device_kind!r}"
+    )
 
 
 def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
@@ -68,7 +75,7 @@ def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
     if dtype not in _STORED:
         return f"must be of {_names(_STORED)}, not {dtype}"
     if dtype == jnp.float8_e4m3fn and chip.capability < 89:
-        return f"are {dtype}, which a {chip.name} ({_dotted(chip)}) does not convert"
+        return f"are {dtype}, which a {chip.name} ({dotted(chip)}) does not convert"
     # Pallas counts in 64 bits from 2**32 bytes on and else in 32, with a sign.
     if 2**31 < pages.size and pages.size * dtype.itemsize <= 2**32:
         return (
@@ -80,10 +87,6 @@ def _unsupported_pages(chip: GPU, pages: jax.Array) -> str | None:
 
 def _names(dtypes):
     return ", ".join(str(jnp.dtype(dtype)) for dtype in dtypes)
-
-
-def _dotted(chip: GPU) -> str:
-    return f"{chip.capability // 10}.{chip.capability % 10}"
 
 
 # --- Block sizes
@@ -173,10 +176,6 @@ def tile_of(
         # Of 5 stages, a page number is two ahead of its page, and that two of its use.
         num_stages=config.num_stages or 5,
     )
-
-
-def chip_or_default() -> GPU:
-    return gpu() or H100
 
 
 # --- Body
@@ -370,7 +369,7 @@ def finished(
 # --- Launch
 
 
-def compiler_params(tile: Tile) -> plgpu.CompilerParams:
+def compiler_params(tile: Tile) -> Any:
     return plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 

@@ -115,6 +115,8 @@ def test_attention_over_pages(name, changed, words):
         (dict(k_pages=((9, 2, 16, 64), c64)), "complex64"),
         (dict(v_pages=((9, 2, 16, 64), bool)), "bool"),
         (dict(k_pages=((0, 2, 8, 128), f32), v_pages=((0, 2, 8, 128), f32)), "num_pages"),
+        (dict(k_pages=((9, 2, 0, 64), f32), v_pages=((9, 2, 0, 64), f32)), "rows"),
+        (dict(q=((3, 0, 64), f32)), "0 and 2"),
         (dict(page_indices=((3, 0), i32)), "(3, 0)"),
     ],
     ids=str,

@@ -210,7 +210,7 @@ def test_the_parts_of_a_row_are_its_blocks_once(num_splits, sliding_window):
         splits_of,
         block_size=64,
         num_splits=num_splits,
-        min_blocks=2,
+        min_part=128,
         sliding_window=sliding_window,
     )
     splits = quick_jit(plan)(kv_lens)
@@ -236,7 +236,7 @@ def test_a_long_row_has_more_parts_whatever_its_table_has_room_for():
 
     plan = quick_jit(
         ft.partial(
-            splits_of, block_size=64, num_splits=64, min_blocks=4, sliding_window=None
+            splits_of, block_size=64, num_splits=64, min_part=256, sliding_window=None
         )
     )
     alone = plan(jnp.asarray([32768], jnp.int32))
@@ -324,11 +324,26 @@ def test_an_nvidia_gpu_gets_the_triton_kernels_and_others_xla():
         ("NVIDIA H100 80GB HBM3", "cuda", True),
         ("NVIDIA A100-SXM4-80GB", "cuda", True),
         ("Tesla T4", "cuda", False),
+        ("NVIDIA L40S", "cuda", False),  # which JAX does not know either
         ("AMD Instinct MI300X", "rocm", False),
     ):
         with lowered_for(kind):
             lowered = lower(eqx_paged.paged_attention, *args, platform=platform)
         assert ("xla.gpu.triton" in lowered) == expected, kind
+
+
+def test_without_the_backend_the_choice_is_xla_and_a_wish_refused(
+    fresh_traces, monkeypatch
+):
+    import eqx_paged
+    from eqx_paged.kernels import _triton
+
+    monkeypatch.setattr(_triton, "plgpu", None)
+    args = decode_shapes(8)
+    with lowered_for("NVIDIA H100"):
+        assert "triton" not in lower(eqx_paged.paged_attention, *args)
+        with pytest.raises(NotImplementedError, match="no Triton backend"):
+            lower(attend_on_gpu, *args)
 
 
 @pytest.mark.parametrize(
@@ -387,22 +402,19 @@ def test_loads_overlap_over_several_stages():
     assert re.findall(r"num_stages = (\d+)", asked)[0] == "7"
 
 
-def test_the_config_of_another_kernel_is_refused(getkey):
+def test_the_config_of_another_kernel_is_refused(getkey, no_type_hook):
     import eqx_paged
 
     case = paged_case(getkey(), kv_lens=(3, 20))
     for implementation, wrong, words in (
         ("pallas_gpu", eqx_paged.TPUConfig(), "pallas_gpu.*TritonConfig.*TPUConfig"),
         ("pallas_tpu", config(), "pallas_tpu.*TPUConfig.*TritonConfig"),
+        ("xla", config(), "xla.*no config.*TritonConfig"),
+        (None, "junk", "None.*TPUConfig or a TritonConfig.*junk"),
     ):
+        how = dict(config=wrong, interpret=implementation in ("pallas_gpu", "pallas_tpu"))
         with pytest.raises(ValueError, match=words):
-            run(
-                "paged_attention",
-                implementation,
-                case.decode_args,
-                config=wrong,
-                interpret=True,
-            )
+            run("paged_attention", implementation, case.decode_args, **how)
     with lowered_for("NVIDIA H100"), pytest.raises(ValueError, match="TritonConfig.*TPU"):
         attend = ft.partial(eqx_paged.paged_attention, config=eqx_paged.TPUConfig())
         lower(attend, *shapes_of(*case.decode_args))
@@ -417,6 +429,9 @@ def test_the_config_of_another_kernel_is_refused(getkey):
         dict(num_splits=-1),
         dict(num_warps=3),
         dict(num_stages=0),
+        dict(num_warps=64),
+        dict(block_size=2**11),
+        dict(num_splits=2**31),
     ),
 )
 def test_what_is_no_config_is_refused(options):

@@ -13,6 +13,7 @@ from ..helpers import (
     count_compilations,
     every_implementation,
     expected_paged,
+    ints,
     OPTIONS,
     paged_case,
     quick_jit,
@@ -138,6 +139,24 @@ def test_window_boundaries_on_and_around_page_edges(getkey, implementation, slid
         sliding_window=sliding_window,
     )
     check(case, implementation, sliding_window=sliding_window)
+
+
+@pytest.mark.parametrize(
+    "implementation, how",
+    (
+        ("reference", {}),
+        ("xla", {}),
+        ("pallas_gpu", dict(interpret=True)),
+    ),
+)
+def test_the_widest_window_is_none(getkey, implementation, how):
+    # Queries before a row's first token too, from which it is far down to the window's.
+    case = paged_case(getkey(), kv_lens=(40, 9), q_lens=(40, 9), num_heads=2, page_size=8)
+    lens = ints((5, 9))
+    args = (*case.mixed_args[:3], lens, *case.mixed_args[4:])
+    out = run("ragged_paged_attention", implementation, args, **how)
+    windowed = dict(sliding_window=2**31 - 1, **how)
+    assert_close(run("ragged_paged_attention", implementation, args, **windowed), out)
 
 
 @every_implementation

@@ -5,12 +5,13 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._gpu import TritonConfig
+from .._gpu import MosaicGPUConfig, TritonConfig
+from .._mosaic_gpu import interpreter
 from .._online_softmax import DEFAULT_MASK_VALUE
 from .._over_pages import attend_over_pages, Config, Operation, PallasKernel
 from .._tpu import TPUConfig
 from .._triton import not_here, unsupported
-from . import pallas_tpu, pallas_triton, reference, tpu_plan, xla
+from . import pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference, tpu_plan, xla
 
 
 _OPERATION = Operation(
@@ -18,7 +19,15 @@ _OPERATION = Operation(
     reference.paged_attention,
     xla.paged_attention,
     PallasKernel(TPUConfig, pallas_tpu.paged_attention, tpu_plan.unsupported),
-    (PallasKernel(TritonConfig, pallas_triton.paged_attention, unsupported, not_here),),
+    (
+        PallasKernel(TritonConfig, pallas_triton.paged_attention, unsupported, not_here),
+        PallasKernel(
+            MosaicGPUConfig,
+            pallas_mosaic_gpu.paged_attention,
+            pallas_mosaic_gpu.unsupported,
+            interpreter=interpreter,
+        ),
+    ),
 )
 
 
@@ -84,7 +93,8 @@ def paged_attention(
     - `interpret`: runs the Pallas kernel that `implementation` names on a CPU, slowly:
         True, or for the TPU's `pltpu.InterpretParams`, which can look for races.
     - `config`: how a Pallas kernel divides its work, a [`eqx_paged.TPUConfig`][] or
-        [`eqx_paged.TritonConfig`][]; None chooses.
+        [`eqx_paged.TritonConfig`][]; None chooses. On a GPU, a
+        [`eqx_paged.MosaicGPUConfig`][] runs the kernel for Hopper.
 
     **Returns:**
 

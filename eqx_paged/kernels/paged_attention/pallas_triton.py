@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, Real
 
-from .._gpu import cdiv, GPU, Splits, splits_of, TritonConfig
+from .._gpu import cdiv, num_splits_of, Splits, splits_of, TritonConfig
 from .._pallas import result_of
 from .._triton import (
     attend,
-    chip_or_default,
     compiler_params,
     empty_state,
     finished,
@@ -47,17 +46,9 @@ from .._triton import (
 
 # Of queries in a tile, beyond which a group is several.
 _MAX_ROWS = 64
-# Of a row's tokens in a part: enough that what it takes to merge parts is little.
-_MIN_PART = 256
 # Programs a core, all rows together: a few more than it runs at once, so that no core is
 # idle long before the last is done.
 _PROGRAMS_PER_CORE = 8
-
-
-def num_splits_of(tile: Tile, config: TritonConfig, chip: GPU) -> int:
-    if config.num_splits is not None:
-        return config.num_splits
-    return cdiv(_PROGRAMS_PER_CORE * chip.num_cores, tile.groups)
 
 
 # --- Body
@@ -196,14 +187,15 @@ def paged_attention(
 ) -> tuple[Array, ...]:
     config = TritonConfig() if config is None else config
     tile = tile_of(q, k_pages, config, max_rows=_MAX_ROWS, one_token=True)
-    num_splits = num_splits_of(tile, config, chip_or_default())
+    num_splits = num_splits_of(
+        config, programs_per_core=_PROGRAMS_PER_CORE, num_groups=tile.groups
+    )
     # What there should not be: more tokens than the table has places for.
     kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * tile.page_size)
     splits = splits_of(
         kv_lens,
         block_size=tile.block_size,
         num_splits=num_splits,
-        min_blocks=cdiv(_MIN_PART, tile.block_size),
         sliding_window=sliding_window,
     )
     options = Options(sinks, k_scale, v_scale)

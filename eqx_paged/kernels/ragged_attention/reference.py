@@ -82,7 +82,7 @@ def ragged_chunk_attention(
         here = lengths[row] - cu_q_lens[row + 1] + token
         keep = exists & (position >= starts[row]) & (position <= here)
         if sliding_window is not None:
-            keep &= position > here - sliding_window
+            keep &= here - position < sliding_window
         return attend(q, k[row], v[row], keep, **options)
 
     return jax.vmap(one_token)(q, jnp.arange(q.shape[0], dtype=jnp.int32))

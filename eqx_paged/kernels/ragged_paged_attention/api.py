@@ -5,12 +5,13 @@ from jaxtyping import Array, Float, Int32, Real
 
 from ..._types import Implementation, Scale
 from .. import _arguments as arguments
-from .._gpu import TritonConfig
+from .._gpu import MosaicGPUConfig, TritonConfig
+from .._mosaic_gpu import interpreter
 from .._online_softmax import DEFAULT_MASK_VALUE
 from .._over_pages import attend_over_pages, Config, Operation, PallasKernel
 from .._tpu import TPUConfig
 from .._triton import not_here, unsupported
-from . import pallas_tpu, pallas_triton, reference, tpu_plan, xla
+from . import pallas_mosaic_gpu, pallas_tpu, pallas_triton, reference, tpu_plan, xla
 
 
 _OPERATION = Operation(
@@ -21,6 +22,12 @@ _OPERATION = Operation(
     (
         PallasKernel(
             TritonConfig, pallas_triton.ragged_paged_attention, unsupported, not_here
+        ),
+        PallasKernel(
+            MosaicGPUConfig,
+            pallas_mosaic_gpu.ragged_paged_attention,
+            pallas_mosaic_gpu.unsupported,
+            interpreter=interpreter,
         ),
     ),
 )

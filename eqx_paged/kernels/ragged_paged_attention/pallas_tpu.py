@@ -334,9 +334,6 @@ def _prefill(
     factor, cap = logit_factors(sm_scale, soft_cap)
     dtype = dtype_of_products(q, k_pages)
     plain = plan.streams == 1 and v_scale is None and sinks is None
-    window = sliding_window
-    if window is not None:  # none sees more, and so no product with it overflows
-        window = min(window, pages_per_seq * plan.page_size)
     # What there should not be: more tokens than the table has places for, and queries
     # before a row's first token, which see nothing.
     kv_lens = jnp.minimum(kv_lens, pages_per_seq * plan.page_size)
@@ -354,7 +351,7 @@ def _prefill(
         v_pages,
         tiles_per_core=tiles_per_core(plan, q.shape[0]),
         cap=cap,
-        window=window,
+        window=sliding_window,
         dtype=q.dtype if plain else jnp.float32,
         with_ml=return_residuals or not plain,
         interpret=interpret,

@@ -52,7 +52,7 @@ def ragged_paged_attention(
         here = kv_lens[row] - cu_q_lens[row + 1] + token
         keep = exists & (position <= here)
         if sliding_window is not None:
-            keep &= position > here - sliding_window
+            keep &= here - position < sliding_window
         return attend(
             q,
             tokens_of(k_pages, page_indices[row], head_dim),
