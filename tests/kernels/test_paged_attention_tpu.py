@@ -268,7 +268,7 @@ def test_products_of_int8_are_as_exact_as_of_float32(
         pytest.param("v4", 128, "f32", 8, marks=pytest.mark.slow),
         pytest.param("v4", 64, "f32-rows", 8, marks=pytest.mark.slow),
         pytest.param("7x", 128, "f32", 8, marks=pytest.mark.slow),
-        ("7x", 128, "f32", 32),
+        pytest.param("7x", 128, "f32", 32, marks=pytest.mark.slow),
     ),
 )
 def test_eight_bits_on_a_tpu_without_products_of_int8(
@@ -321,12 +321,9 @@ def test_no_access_races(getkey, dma_execution_mode, page_size, kv_lens):
     import eqx_paged
 
     case = paged_case(getkey(), **{**RACED, "kv_lens": kv_lens}, page_size=page_size)
-    attend = ft.partial(
-        eqx_paged.paged_attention, *case.decode_args, config=small(page_size, 128)
-    )
-    out, found = races_of(
-        lambda mode: attend(implementation="pallas_tpu", interpret=mode), dma_execution_mode
-    )
+    attend = ft.partial(eqx_paged.paged_attention, *case.decode_args)
+    how = dict(implementation="pallas_tpu", config=small(page_size, 128))
+    out, found = races_of(lambda mode: attend(interpret=mode, **how), dma_execution_mode)
     assert not found
     np.testing.assert_allclose(out, attend(implementation="xla"), atol=2e-5)
 
@@ -340,10 +337,9 @@ def test_a_wait_that_is_left_out_is_found(
 
     monkeypatch.setattr(_tpu.PageFetch, "wait", lambda fetch, count: None)
     case = paged_case(getkey(), **RACED, page_size=16)
-    attend = ft.partial(eqx_paged.paged_attention, *case.decode_args, config=small(16, 128))
-    out, found = races_of(
-        lambda mode: attend(implementation="pallas_tpu", interpret=mode), dma_execution_mode
-    )
+    attend = ft.partial(eqx_paged.paged_attention, *case.decode_args)
+    how = dict(implementation="pallas_tpu", config=small(16, 128))
+    out, found = races_of(lambda mode: attend(interpret=mode, **how), dma_execution_mode)
     if dma_execution_mode == "eager":
         assert found
     else:  # a copy that is made when it is waited for is not made at all
