@@ -167,6 +167,16 @@ def test_logits_far_apart_neither_overflow_nor_vanish(getkey, implementation):
     np.testing.assert_allclose(np.asarray(out), wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("sliding_window", (None, 9))
+def test_a_row_ends_where_its_table_does(getkey, sliding_window):
+    case = paged_case(getkey(), kv_lens=(80, 7))  # five pages of 16 each
+    *arrays, page_indices = case.decode_args
+    arrays[3] = jnp.array([85, 7], jnp.int32)
+    options = dict(sliding_window=sliding_window)
+    out = run("paged_attention", "xla", (*arrays, page_indices[:, :5]), **options)
+    assert_close(out, expected_paged(case, **options)[0])
+
+
 @every_implementation
 def test_shared_pages_serve_several_rows(getkey, implementation):
     case = paged_case(getkey(), kv_lens=(37, 37))

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, Real
 
 from .. import _mosaic_gpu as mosaic_gpu
-from .._gpu import MosaicGPUConfig, num_splits_of, Splits, splits_of
+from .._gpu import cdiv, MosaicGPUConfig, num_splits_of, Splits, splits_of
 from .._mosaic_gpu import (
     add_block,
     clear_hidden,
@@ -77,7 +77,7 @@ class Sizes(NamedTuple):
     @property
     def group_rows(self) -> int:
         """Rows of queries that are fetched, and of results: whole tiles."""
-        return -(-self.group // TILE_ROWS) * TILE_ROWS
+        return cdiv(self.group, TILE_ROWS) * TILE_ROWS
 
 
 def sizes_of(q: Array, k_pages: Array, config: MosaicGPUConfig) -> Sizes:
@@ -230,8 +230,6 @@ def paged_attention(
     num_splits = num_splits_of(
         config, programs_per_core=_PROGRAMS_PER_CORE, num_groups=sizes.num_kv_heads
     )
-    # What there should not be: more tokens than the table has places for.
-    kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * sizes.page_size)
     splits = splits_of(
         kv_lens,
         block_size=sizes.block_size,

@@ -374,8 +374,6 @@ def paged_attention(
     chip = generation()
     config = rows_on_all_cores(chip) if config is None else config
     plan = plan_of(q, k_pages, page_indices.shape[1], config, chip)
-    # What there should not be: more tokens than the table has places for.
-    kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * plan.page_size)
     order, unsorted = _orders(kv_lens, sliding_window)
     padding = plan.num_calls * plan.rows_per_call - q.shape[0]
     q_sorted, ends, table = (

@@ -190,8 +190,6 @@ def paged_attention(
     num_splits = num_splits_of(
         config, programs_per_core=_PROGRAMS_PER_CORE, num_groups=tile.groups
     )
-    # What there should not be: more tokens than the table has places for.
-    kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * tile.page_size)
     splits = splits_of(
         kv_lens,
         block_size=tile.block_size,

@@ -149,11 +149,8 @@ def plan_of(
         while length > LANES and length * row_bytes > chip.vmem_bytes // 2:
             length //= 2
         pages = max(1, length // page_rows)
-    elif pages < 1 or pages * page_rows % LANES != 0:
-        raise ValueError(
-            f"pages_per_compute_block={pages} makes blocks of {pages * page_rows} rows of "
-            f"{lanes} lanes, which must be a multiple of {LANES}."
-        )
+    else:
+        check_pages_of_block(pages, page_rows, lanes)
     large &= pages * page_rows > _PART_ROWS
     # Queries and results of a step, which the pipeline holds twice.
     queries = whole_tiles(heads * streams * group)
@@ -208,6 +205,15 @@ def cores_of(config: TPUConfig, chip: Generation, num_kv_heads: int) -> tuple[in
             f"{chip.num_cores} cores, which does not divide them."
         )
     return 1, chip.num_cores
+
+
+def check_pages_of_block(pages: int, page_rows: int, lanes: int) -> None:
+    """Whether a config's blocks are whole tiles of scores."""
+    if pages < 1 or pages * page_rows % LANES != 0:
+        raise ValueError(
+            f"pages_per_compute_block={pages} makes blocks of {pages * page_rows} rows of "
+            f"{lanes} lanes, which must be a multiple of {LANES}."
+        )
 
 
 def _masked_pages(pages: int, page_rows: int) -> int:

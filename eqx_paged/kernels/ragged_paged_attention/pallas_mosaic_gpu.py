@@ -351,8 +351,6 @@ def ragged_paged_attention(
     """Returns `(out, m, l)`, or `(out,)`."""
     num_tokens = q.shape[0]
     sizes = sizes_of(q, k_pages, config)
-    # What there should not be: more tokens than the table has places for.
-    kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * sizes.page_size)
 
     def decode(queries, kv_lens):
         return decode_gpu.paged_attention(

@@ -334,9 +334,7 @@ def _prefill(
     factor, cap = logit_factors(sm_scale, soft_cap)
     dtype = dtype_of_products(q, k_pages)
     plain = plan.streams == 1 and v_scale is None and sinks is None
-    # What there should not be: more tokens than the table has places for, and queries
-    # before a row's first token, which see nothing.
-    kv_lens = jnp.minimum(kv_lens, pages_per_seq * plan.page_size)
+    # Queries before a row's first token see nothing.
     early = jnp.maximum(q_lens - kv_lens, 0)
     q_starts, q_ends = q_starts + early, q_starts + q_lens
     out, *ml = _launch(

@@ -157,8 +157,6 @@ def ragged_paged_attention(
     config = TritonConfig() if config is None else config
     max_rows = max_rows_of(q, k_pages.shape[1])
     tile = tile_of(q, k_pages, config, max_rows=max_rows, one_token=False)
-    # What there should not be: more tokens than the table has places for.
-    kv_lens = jnp.minimum(kv_lens, page_indices.shape[1] * tile.page_size)
 
     def decode(queries, kv_lens):
         return paged_attention(

@@ -131,11 +131,8 @@ def plan_of(
         while length > LANES and length * key_bytes > room:
             length //= 2
         pages = max(1, max(LANES, length) // page_rows)
-    elif pages < 1 or pages * page_rows % LANES != 0:
-        raise ValueError(
-            f"pages_per_compute_block={pages} makes blocks of {pages * page_rows} rows of "
-            f"{lanes} lanes, which must be a multiple of {LANES}."
-        )
+    else:
+        decode.check_pages_of_block(pages, page_rows, lanes)
     needed = queries * query_bytes + pages * page_rows * key_bytes
     if needed > limit:
         raise ValueError(
