@@ -79,6 +79,7 @@ def read(published: Mapping[str, Any]) -> dict[str, Any]:
     said = {**_USUAL, **family.defaults, **given}
     for name in (*REQUIRED, "max_position_embeddings"):
         check_size(name, said[name])
+    check_bool("attention_bias", said["attention_bias"])
     heads = said["num_attention_heads"]
     kv_heads, head_dim = said["num_key_value_heads"], said["head_dim"]
     return {
@@ -319,7 +320,7 @@ def _read_scaling(
 
 
 def _rope_theta(
-    published: Mapping[str, Any], parameters: Mapping[str, Any], usual: float
+    published: Mapping[str, Any], parameters: Mapping[str, Any], usual: Any
 ) -> float:
     """The base, which newer files keep in `rope_parameters` and older ones at the top."""
     old, new = published.get("rope_theta"), parameters.get("rope_theta")

@@ -230,7 +230,7 @@ def read_scaling(
         return None
     missing = [key for key in _REQUIRED[kind] if key not in given]
     if missing:
-        raise ValueError(f"{name} of type {kind!r} must have {', '.join(missing)}")
+        raise ValueError(f"{name} of type {kind!r}: missing {', '.join(missing)}")
     for key, value in given.items():
         _check(f"{name}.{key}", key, value)
     return _build(kind, given, max_position_embeddings)

@@ -80,6 +80,18 @@ CASES: Mapping[str, Case] = {
     ),
     "phi3": Case("Phi3Config", {"sliding_window": 30}),
     "olmo2": Case("Olmo2Config", {}),
+    # All but its mixture of experts, which is made to give 0.
+    "gpt_oss": Case(
+        "GptOssConfig",
+        {
+            **{"head_dim": 8, "sliding_window": 12, "num_local_experts": 2},
+            "num_experts_per_tok": 1,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 150_000.0, "factor": 4.0},
+                **{"original_max_position_embeddings": 32, "truncate": False},
+            },
+        },
+    ),
 }
 # Changes to the `config.json` of a checkpoint, for the kinds of rotary positions.
 ROPE_CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -156,8 +156,12 @@ def _drawn(
 ) -> np.ndarray:
     """Weights large enough that each of them matters."""
     drawn = rng.standard_normal(shape)
+    if "experts" in name:
+        return np.zeros(shape)
     if "embed" in name:
         return case.embed_scale * drawn
+    if "sinks" in name:
+        return drawn
     if len(shape) == 1:
         return 0.3 * drawn
     gain = 2.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
