@@ -40,7 +40,7 @@ EXPECTED = "expected.safetensors"
 MIN_MARGIN = 0.01
 # Of the last norm, so that logits are far apart.
 FINAL_GAIN = 4.0
-MAX_SEEDS = 500
+MAX_SEEDS = 200
 
 
 def make(name: str, directory: pathlib.Path) -> str:
@@ -56,10 +56,10 @@ def make(name: str, directory: pathlib.Path) -> str:
     A line that says what was made.
     """
     case, folder = CASES[name], directory / name
-    for seed in range(MAX_SEEDS):
+    for seed in range(case.seed, case.seed + MAX_SEEDS):
         rng = np.random.default_rng((zlib.crc32(name.encode()), seed))
         shutil.rmtree(folder, ignore_errors=True)
-        _save_model(case, rng, folder)
+        save(case, rng, folder)
         model = load(folder)
         prompts = [rng.integers(3, VOCAB_SIZE, length) for length in PROMPT_LENS]
         rows = []
@@ -71,7 +71,7 @@ def make(name: str, directory: pathlib.Path) -> str:
             save_file(_expected(prompts, rows), folder / EXPECTED)
             margin = min(_margin(logits) for _, logits in rows)
             return f"{name}: seed {seed}, margin {margin:.3f}"
-    raise RuntimeError(f"{name}: no seed up to {MAX_SEEDS} is fit")
+    raise RuntimeError(f"{name}: none of {MAX_SEEDS} seeds is fit")
 
 
 def make_rope(directory: pathlib.Path) -> str:
@@ -136,7 +136,8 @@ def continued(
     return np.asarray(tokens), np.concatenate(logits)
 
 
-def _save_model(case: Case, rng: np.random.Generator, folder: pathlib.Path) -> None:
+def save(case: Case, rng: np.random.Generator, folder: pathlib.Path) -> None:
+    """Saves a random checkpoint of a case, in bfloat16."""
     config = getattr(transformers, case.config)(**{**SIZES, **case.options})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

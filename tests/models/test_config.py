@@ -289,7 +289,9 @@ def test_each_family_computes_what_sets_it_apart():
 def test_what_no_family_says_is_not_written():
     config = DecoderConfig.from_dict(published())
     sunk = dataclasses.replace(config, attention_sinks=True, norms="post")
-    with pytest.raises(ValueError, match="'llama' has no way to say norms, attention_sinks"):
+    with pytest.raises(
+        ValueError, match="'llama' has no way to say norms, attention_sinks"
+    ):
         sunk.to_dict()
 
 
