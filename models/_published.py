@@ -177,7 +177,8 @@ def _neutral_of_others(published: Mapping[str, Any], family: Family) -> dict[str
     """Keys that say again what the family says anyway."""
     again: dict[str, Any] = {}
     if family.activation != "hidden_act":
-        again["hidden_act"] = published.get(family.activation)
+        usual = family.defaults[family.activation]
+        again["hidden_act"] = published.get(family.activation) or usual
     if isinstance(family.windows, int):
         again |= {name: family.windows for name in _PATTERN}
     return again
