@@ -157,7 +157,9 @@ class Decoder(eqx.Module):
         for i, (layer, pages) in enumerate(zip(self.layers, cache.layers, strict=True)):
             attention = dataclasses.replace(self.attention, **self._options(i))
 
-            def attend(q: Array, k: Array, v: Array, attend=attention, pages=pages):
+            def attend(
+                q: Array, k: Array, v: Array, attend: Any = attention, pages: Any = pages
+            ):
                 return attend(q, k, v, pages, batch)
 
             x, pages = layer(x, rotaries[i], attend)

@@ -58,7 +58,7 @@ class DynamicScaling:
         # The base grows by `growth ** (d / (d - 2))`, and frequency i is its power -2i/d.
         exponents = np.asarray(-np.arange(num) / (num - 1), np.float32)
         powers = growth[:, None] ** exponents[None, :]
-        return np.asarray(frequencies, np.float32)[None, :] * powers
+        return jnp.asarray(frequencies, jnp.float32)[None, :] * powers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +276,8 @@ def _build(kind: str, given: dict[str, Any], max_position_embeddings: int) -> Sc
         return YarnScaling(**given, original_max_position_embeddings=original)
     longer = given.pop("factor", max_position_embeddings / original)
     given.setdefault("attention_factor", _long_attention_factor(longer, original))
-    lists = {key: tuple(map(float, given.pop(key))) for key in _REQUIRED[kind]}
-    return LongScaling(**given, **lists, original_max_position_embeddings=original)
+    given |= {key: tuple(map(float, given[key])) for key in _REQUIRED[kind]}
+    return LongScaling(**given, original_max_position_embeddings=original)
 
 
 def _long_attention_factor(longer: float, original: int) -> float:

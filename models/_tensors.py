@@ -79,7 +79,7 @@ def _of_layer(config: DecoderConfig) -> dict[str, Source]:
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
     qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-    gate_up = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+    gate_up = {name: config.intermediate_size for name in ("gate_proj", "up_proj")}
     parts = (
         ("self_attn", qkv, "qkv_proj" if is_fused else None, config.qkv_bias),
         ("self_attn", {"o_proj": config.hidden_size}, None, config.o_bias),
