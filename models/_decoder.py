@@ -22,6 +22,7 @@ from ._layers import (
     Embedding,
     GatedMLP,
     Linear,
+    multiply,
     norm_of,
     RMSNorm,
     Rotary,
@@ -210,7 +211,7 @@ class Decoder(eqx.Module):
         The logits, in the decoder's dtype.
         """
         if self.lm_head is None:
-            logits = hidden @ self.embed_tokens.weight.T
+            logits = multiply(hidden, self.embed_tokens.weight)
         else:
             logits = self.lm_head(hidden)
         cap = self.config.final_logit_softcapping
