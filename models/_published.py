@@ -121,6 +121,8 @@ def publish(options: Mapping[str, Any], scaling: Scaling | None) -> dict[str, An
         **{name: options[name] for name in same},
         # Programs that predate lists of ends expect a lone number.
         "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
+        # Other programs would take one of the family's, that may be no token here.
+        "pad_token_id": None,
         family.activation: options["hidden_act"],
         **neutral,
         **family.neutral,

@@ -253,6 +253,7 @@ def test_what_is_written_of_a_family_is_read_back(name):
     config = said(name)
     written = json.loads(json.dumps(config.to_dict()))
     assert DecoderConfig.from_dict(written) == config
+    assert written["pad_token_id"] is None
 
 
 def test_windows_are_where_each_family_has_them():
