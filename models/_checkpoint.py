@@ -1,9 +1,9 @@
-"""Checkpoints in the layout in which Llama models are published."""
+"""Checkpoints in the layout in which they are published."""
 
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from ._config import DecoderConfig
 from ._decoder import Decoder
+from ._tensors import Source, tensor_sources
 
 
 _CONFIG = "config.json"
@@ -62,8 +63,9 @@ def load_checkpoint(
     if config.tie_word_embeddings:
         # Some files store the output matrix again, although it is the embedding.
         stored.pop(_HEAD, None)
-    _check_tensors(root, wanted, stored)
-    weights = [jnp.asarray(stored[name], dtype) for name in wanted]
+    sources = tensor_sources(config)
+    _check_tensors(root, _published_shapes(wanted, sources), stored)
+    weights = [jnp.asarray(_cut(stored, sources[path]), dtype) for path in wanted]
     return eqx.tree_at(lambda d: list(_named_weights(d).values()), like, weights)
 
 
@@ -77,7 +79,7 @@ def save_checkpoint(decoder: Decoder, directory: str | os.PathLike) -> None:
     """
     root = pathlib.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(weight) for name, weight in _named_weights(decoder).items()}
+    tensors = _joined(_named_weights(decoder), tensor_sources(decoder.config))
     dtype = next(iter(tensors.values())).dtype.name
     # Older programs read `torch_dtype`, newer ones `dtype`.
     config = {**decoder.config.to_dict(), "torch_dtype": dtype, "dtype": dtype}
@@ -106,17 +108,41 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 
 
 def _named_weights(decoder: Decoder) -> dict[str, Any]:
-    """The weights by their published names, which are the fields on the way to them."""
-    parts = {
-        "model.embed_tokens": decoder.embed_tokens,
-        "model.layers": decoder.layers,
-        "model.norm": decoder.norm,
-        "lm_head": decoder.lm_head,
-    }
+    """The weights by the fields on the way to them."""
     return {
-        f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}": weight
-        for part, tree in parts.items()
-        for path, weight in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="."): weight
+        for path, weight in jax.tree_util.tree_leaves_with_path(decoder)
+    }
+
+
+def _published_shapes(
+    weights: Mapping[str, Any], sources: Mapping[str, Source]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the stored tensors."""
+    shapes = {}
+    for path, weight in weights.items():
+        source = sources[path]
+        num_rows = weight.shape[0] if source.rows is None else source.rows[1]
+        # Parts come in the order of their rows: the last one ends the tensor.
+        shapes[source.name] = (num_rows, *weight.shape[1:])
+    return shapes
+
+
+def _cut(stored: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
+    tensor = stored[source.name]
+    return tensor if source.rows is None else tensor[slice(*source.rows)]
+
+
+def _joined(
+    weights: Mapping[str, Any], sources: Mapping[str, Source]
+) -> dict[str, np.ndarray]:
+    """The weights as the tensors that are stored."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for path, weight in weights.items():
+        parts.setdefault(sources[path].name, []).append(np.asarray(weight))
+    return {
+        name: part[0] if len(part) == 1 else np.concatenate(part)
+        for name, part in parts.items()
     }
 
 
@@ -161,14 +187,16 @@ def _read_tensors(paths: Iterable[pathlib.Path]) -> dict[str, np.ndarray]:
 
 
 def _check_tensors(
-    root: pathlib.Path, wanted: dict[str, Any], stored: dict[str, np.ndarray]
+    root: pathlib.Path,
+    wanted: dict[str, tuple[int, ...]],
+    stored: dict[str, np.ndarray],
 ) -> None:
     faults = [f"missing {name}" for name in wanted if name not in stored]
     faults += [f"unexpected {name}" for name in stored if name not in wanted]
     for name in wanted.keys() & stored.keys():
         found, asked = stored[name], wanted[name]
-        if found.shape != asked.shape:
-            faults.append(f"{name} is {found.shape}, not {asked.shape}")
+        if found.shape != asked:
+            faults.append(f"{name} is {found.shape}, not {asked}")
         elif not jnp.issubdtype(found.dtype, jnp.floating):
             faults.append(f"{name} is {found.dtype}, not a floating-point type")
     if faults:
