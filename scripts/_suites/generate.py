@@ -1,0 +1,221 @@
+"""The suite `generate`: greedy generation with random weights, by ours and by peers."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from .agree import Audit, compare, ROUNDING
+from .measure import in_turn, read_ceiling
+from .process import Broken, ours, Process
+from .record import describe, memory_bytes, ratios_of, Report, Row
+from .shapes import checkpoint, CONFIGS, itemsize, kv_bytes_of_token, num_weights
+from .workloads import chosen_stops, LARGE, REHEARSAL, Workload, WORKLOADS
+
+
+OURS = ("paged", "contiguous")
+FIGURES = ("prefill_tok_s", "decode_tok_s", "tok_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the suite does.
+
+    - `models`: a name of `CONFIGS` and a dtype each.
+    - `quick`: without what takes long.
+    - `peers`: by name, a command that serves each.
+    - `absent`: by name, why a peer is not among them.
+    - `cache`: the folder of checkpoints and compiled programs.
+    - `out`: where the sides' stderr goes.
+    """
+
+    models: tuple[tuple[str, str], ...]
+    quick: bool
+    peers: dict[str, list[str]]
+    absent: dict[str, str]
+    cache: pathlib.Path
+    out: pathlib.Path
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.quick else 7
+
+    def workloads(self, model: str) -> list[Workload]:
+        if model == "tiny":
+            return list(REHEARSAL)
+        some = [x for x in WORKLOADS if model != "1b" or x.name in LARGE]
+        return [x for x in some if not (x.full and self.quick)]
+
+
+def run(plan: Plan) -> Report:
+    about = describe(read_ceiling_gb_s=read_ceiling() / 1e9)
+    rows: list[Row] = []
+    for model, dtype in plan.models:
+        for peers in _groups(plan, model, dtype):
+            rows += _timed_together(plan, model, dtype, peers, about)
+        shape = {"model": model, "dtype": dtype}
+        rows += [
+            Row(f"{model} {dtype}", shape, name, reason=reason)
+            for name, reason in plan.absent.items()
+        ]
+    return Report("generate", about, rows, ratios_of(rows, FIGURES, OURS))
+
+
+def _groups(plan: Plan, model: str, dtype: str) -> list[list[str]]:
+    """The peers that are timed together, as many as there is memory for: each side may
+    hold its weights twice while it loads them."""
+    each = 2.5 * num_weights(CONFIGS[model]) * itemsize(dtype)
+    room = max(1, int(memory_bytes() / each) - len(OURS))
+    names = [*plan.peers]
+    return [names[i : i + room] for i in range(0, len(names), room)] or [[]]
+
+
+def _timed_together(
+    plan: Plan, model: str, dtype: str, peers: list[str], about: dict[str, Any]
+) -> Iterator[Row]:
+    root = checkpoint(model, plan.cache)
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Process] = {}
+        broken: dict[str, str] = {}
+        for name in (*OURS, *peers):
+            log = plan.out / f"generate_{model}_{dtype}_{name}.log"
+            process = (
+                ours(name, log, plan.cache / "jax")
+                if name in OURS
+                else Process(name, plan.peers[name], log)
+            )
+            sides[name] = stack.enter_context(process)
+            try:
+                process.ready()
+                process.ask("load", checkpoint=str(root), dtype=dtype)
+            except Broken as error:
+                _lose(sides, broken, name, error)
+        for workload in plan.workloads(model):
+            yield from Contest(plan, model, dtype, workload, about).rows(sides, broken)
+
+
+def _lose(
+    sides: dict[str, Process], broken: dict[str, str], name: str, error: Broken
+) -> None:
+    if name in OURS:
+        raise error
+    sides.pop(name).close()
+    broken[name] = str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """A workload, of which all sides make the same."""
+
+    plan: Plan
+    model: str
+    dtype: str
+    workload: Workload
+    about: dict[str, Any]
+
+    def rows(self, sides: dict[str, Process], broken: dict[str, str]) -> Iterator[Row]:
+        yield from (self._row(name, reason=reason) for name, reason in broken.items())
+        prefix, prompts = self.workload.tokens(CONFIGS[self.model].vocab_size)
+        asked = {"prefix": prefix, "prompts": prompts, "stops": []}
+        asked["max_new_tokens"] = self.workload.max_new_tokens
+        whole = [prefix + prompt for prompt in prompts]
+        audit = _auditor(sides["paged"])
+        reference = sides["paged"].ask("run", **asked)["tokens"]
+        self._check_greedy(whole[0], reference[0], audit)
+        if self.workload.stops:
+            asked["stops"] = chosen_stops(reference)
+            reference = sides["paged"].ask("run", **asked)["tokens"]
+        notes: dict[str, str] = {}
+        for name, side in list(sides.items()):
+            try:
+                answer = side.ask("run", **asked)
+            except Broken as error:
+                _lose(sides, broken, name, error)
+                yield self._row(name, reason=str(error))
+                continue
+            if "unsupported" in answer:
+                yield self._row(name, reason=answer["unsupported"])
+                continue
+            right, note = compare(answer["tokens"], reference, whole, audit, self.dtype)
+            if right:
+                notes[name] = note
+            elif name in OURS:
+                raise Wrong(f"{name}, {self.workload.name}: {note}")
+            else:
+                yield self._row(name, reason=f"wrong: {note}")
+        yield from self._timed({x: sides[x] for x in notes}, asked, reference, notes)
+
+    def _check_greedy(self, prompt: list[int], tokens: list[int], audit: Audit) -> None:
+        gap = max(audit(prompt + tokens, len(prompt)))
+        if gap > ROUNDING[self.dtype]:
+            raise Wrong(f"paged, {self.workload.name}: a token is {gap:.1e} std off")
+
+    def _timed(
+        self,
+        sides: dict[str, Process],
+        asked: dict[str, Any],
+        reference: list[list[int]],
+        notes: dict[str, str],
+    ) -> Iterator[Row]:
+        cache_bytes = sides["paged"].ask("run", **asked)["cache_bytes"]
+        whats = {"all": asked}
+        if self.workload.is_plain:
+            whats["first"] = {**asked, "max_new_tokens": 1}
+            for side in sides.values():
+                side.ask("run", **whats["first"])
+        runs = {
+            f"{name} {what}": functools.partial(_seconds, side, request)
+            for name, side in sides.items()
+            for what, request in whats.items()
+        }
+        times = in_turn(runs, rounds=self.plan.rounds)
+        for name, side in sides.items():
+            row = self._row(name, note=notes[name])
+            row.seconds.update({what: times[f"{name} {what}"] for what in whats})
+            row.figures.update(self._speeds(row, sum(map(len, reference))))
+            row.figures.update(self._memory(side, cache_bytes))
+            yield row
+
+    def _speeds(self, row: Row, num_new: int) -> dict[str, float]:
+        figures = {"tok_s": num_new / row.median("all")}
+        if not self.workload.is_plain:
+            return figures
+        steps = self.workload.max_new_tokens - 1
+        batch = len(self.workload.prompt_lens)
+        decode = row.median("all") - row.median("first")
+        weights = num_weights(CONFIGS[self.model]) * itemsize(self.dtype)
+        weight_gb_s = weights * steps / decode / 1e9
+        return {
+            **figures,
+            "prefill_tok_s": self.workload.num_prompt_tokens / row.median("first"),
+            "decode_tok_s": batch * steps / decode,
+            "weight_gb_s": weight_gb_s,
+            "of_roofline": weight_gb_s / self.about["read_ceiling_gb_s"],
+        }
+
+    def _memory(self, side: Process, cache_bytes: int) -> dict[str, float]:
+        peak = side.ask("peak_bytes")
+        weights = num_weights(CONFIGS[self.model]) * itemsize(self.dtype)
+        return {"peak_gib": peak / 2**30, "of_needed": peak / (weights + cache_bytes)}
+
+    def _row(self, side: str, **others: Any) -> Row:
+        shape = {"model": self.model, "dtype": self.dtype, **self.workload.shape()}
+        return Row(f"{self.model} {self.dtype} {self.workload.name}", shape, side, **others)
+
+
+class Wrong(Exception):
+    """Ours made a token that is not the greedy one."""
+
+
+def _auditor(side: Process) -> Audit:
+    def audit(tokens: list[int], num_prompt_tokens: int) -> list[float]:
+        found = side.ask("audit", tokens=tokens, num_prompt_tokens=num_prompt_tokens)
+        return found["gaps"]
+
+    return audit
+
+
+def _seconds(side: Process, request: dict[str, Any]) -> float:
+    return side.ask("run", **request)["seconds"]

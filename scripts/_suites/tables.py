@@ -1,0 +1,77 @@
+"""Reports as tables: in the terminal, and in Markdown."""
+
+from collections.abc import Callable
+
+import rich
+import rich.box
+import rich.table
+
+from .measure import quartiles
+from .record import Ratio, Report, Row
+
+
+# Figures as they are shown, in the order of the columns.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "gb_per_s": ("GB/s", ".1f"),
+    "of_roofline": ("of roofline", ".0%"),
+    "prefill_tok_s": ("prefill tok/s", ",.0f"),
+    "decode_tok_s": ("decode tok/s", ",.1f"),
+    "tok_s": ("new tok/s in all", ",.1f"),
+    "weight_gb_s": ("weights GB/s", ".1f"),
+    "peak_gib": ("peak GiB", ".2f"),
+    "of_needed": ("of weights + cache", ".2f"),
+    "of_smallest": ("of the smallest cache's", ".2f"),
+}
+NAMES = {name: heading for name, (heading, _) in COLUMNS.items()}
+
+
+def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headings, and the cells of a line for each row."""
+    whats = list(dict.fromkeys(what for row in rows for what in row.seconds))
+    figures = [x for x in COLUMNS if any(x in row.figures for row in rows)]
+    headings = ["case", "side", *(f"{what} ms" for what in whats)]
+    headings += [COLUMNS[x][0] for x in figures] + ["note"]
+    lines = []
+    for row in rows:
+        cells = [row.case, row.side]
+        cells += [_spread(row.seconds.get(what, [])) for what in whats]
+        cells += [_cell(row, figure) for figure in figures]
+        lines.append([*cells, row.reason or row.note])
+    return headings, lines
+
+
+def ratio_table(ratios: list[Ratio]) -> tuple[list[str], list[list[str]]]:
+    """As `table_of`, for ratios."""
+    headings = ["case", "of", "side", "to", "ratio"]
+    lines = [[x.case, NAMES[x.figure], x.side, x.other, f"{x.ratio:.2f}"] for x in ratios]
+    return headings, lines
+
+
+def _spread(times: list[float]) -> str:
+    if not times:
+        return ""
+    low, middle, high = (1e3 * x for x in quartiles(times))
+    digits = 0 if middle >= 1000 else 1 if middle >= 10 else 3
+    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
+
+
+def _cell(row: Row, figure: str) -> str:
+    return format(row.figures[figure], COLUMNS[figure][1]) if figure in row.figures else ""
+
+
+def show(report: Report, title: Callable[[str], str] = str) -> None:
+    """Prints the report's tables."""
+    tables = {report.suite: table_of(report.rows), "ratios": ratio_table(report.ratios)}
+    for name, (headings, lines) in tables.items():
+        table = rich.table.Table(title=title(name), box=rich.box.SIMPLE_HEAD)
+        for heading in headings:
+            right = heading not in ("case", "side", "to", "of", "note")
+            table.add_column(heading, justify="right" if right else "left")
+        for line in lines:
+            table.add_row(*line)
+        rich.print(table)
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    rows = [headings, ["---"] * len(headings), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
