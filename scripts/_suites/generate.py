@@ -60,7 +60,7 @@ def run(plan: Plan) -> Report:
             Row(f"{model} {dtype}", shape, name, reason=reason)
             for name, reason in plan.absent.items()
         ]
-    return Report("generate", about, rows, ratios_of(rows, FIGURES, OURS))
+    return Report("generate", about, rows, ratios_of(rows, FIGURES, ("paged",)))
 
 
 def _groups(plan: Plan, model: str, dtype: str) -> list[list[str]]:

@@ -19,6 +19,7 @@ from eqx_paged import (
     RESULTS,
 )
 
+from .._engine import Job, run
 from .protocol import Memory, serve, timed
 
 
@@ -52,15 +53,14 @@ class Ours(Memory):
 
         `tokens`, without padding; `seconds`, from tokens to tokens; `cache_bytes`.
         """
-        (made, cache), seconds = timed(
-            lambda: self._generate(prefix, prompts, max_new_tokens, stops)
-        )
+        (made, cache), seconds = self._generate(prefix, prompts, max_new_tokens, stops)
         if made.result != RESULTS.successful:
             raise RuntimeError(RESULTS[made.result])
         tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
         kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         return {"tokens": kept, "seconds": seconds, "cache_bytes": cache.num_bytes}
 
+    @timed
     def _generate(
         self, prefix: list[int], prompts: Tokens, max_new_tokens: int, stops: list[int]
     ) -> tuple[Generation, Cache]:
@@ -94,6 +94,20 @@ class Ours(Memory):
         own = [_num_pages(length + len(prefix) % PAGE_SIZE) for length in lens]
         num_pages = _num_pages(len(prefix)) + sum(own)
         return PagedKVCache.empty(num_pages=num_pages, page_size=PAGE_SIZE, **shape)
+
+    def first(self, prompt: list[int]) -> dict[str, float]:
+        """The first token as `scripts.generate --stream` makes it, compiling what is not
+        compiled yet; gives the seconds that the compiler took."""
+        compiling = []
+
+        def listen(event: str, seconds: float, **_: object) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiling.append(seconds)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        job = Job((tuple(prompt),), max_new_tokens=128, page_size=PAGE_SIZE, burst=1)
+        next(run(self._model, job))
+        return {"of it compiling": sum(compiling)}
 
     def audit(self, tokens: list[int], num_prompt_tokens: int) -> dict[str, Any]:
         """How far each token after the prompt is from the greedy choice, by attention

@@ -3,6 +3,7 @@
 Uses nothing but the standard library: peers run it in environments without ours.
 """
 
+import functools
 import json
 import os
 import sys
@@ -38,7 +39,18 @@ class Memory:
 
 
 def timed(run):
-    """What `run` gives, and the seconds that it took."""
-    start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
+    """Makes `run` give the seconds that it took as well: `(result, seconds)`."""
+
+    @functools.wraps(run)
+    def timed_run(*args):
+        start = time.perf_counter()
+        result = run(*args)
+        return result, time.perf_counter() - start
+
+    return timed_run
+
+
+def cut(tokens, stops):
+    """Without what follows the first of `stops`."""
+    ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
+    return tokens[: ends[0]] if ends else tokens

@@ -44,8 +44,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as good a side is as another in one case, by a figure that is the
-    better the larger it is."""
+    """How many times as good a side is as another in one case, by one figure."""
 
     case: str
     figure: str
@@ -86,26 +85,27 @@ class Report:
         )
 
 
+# Of these the smaller is the better.
+COSTS = ("first_token_s",)
+
+
 def ratios_of(
     rows: list[Row], figures: tuple[str, ...], sides: tuple[str, ...]
 ) -> list[Ratio]:
     """Of `sides` to every other side of the same case."""
-    found = []
-    for row in rows:
-        for other in rows:
-            if row.side in sides and row.case == other.case and row.side != other.side:
-                found += [
-                    Ratio(
-                        row.case,
-                        figure,
-                        row.side,
-                        other.side,
-                        row.figures[figure] / other.figures[figure],
-                    )
-                    for figure in figures
-                    if figure in row.figures and figure in other.figures
-                ]
-    return found
+    return [
+        Ratio(row.case, figure, row.side, other.side, _times_as_good(row, other, figure))
+        for row in rows
+        for other in rows
+        for figure in figures
+        if row.side in sides and row.case == other.case and row.side != other.side
+        if figure in row.figures and figure in other.figures
+    ]
+
+
+def _times_as_good(row: Row, other: Row, figure: str) -> float:
+    ratio = row.figures[figure] / other.figures[figure]
+    return 1 / ratio if figure in COSTS else ratio
 
 
 def describe(**others: Any) -> dict[str, Any]:

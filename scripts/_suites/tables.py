@@ -1,9 +1,10 @@
 """Reports as tables: in the terminal, and in Markdown."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 
-import rich
 import rich.box
+import rich.console
 import rich.table
 
 from .measure import quartiles
@@ -20,6 +21,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "weight_gb_s": ("weights GB/s", ".1f"),
     "peak_gib": ("peak GiB", ".2f"),
     "of_needed": ("of weights + cache", ".2f"),
+    "first_token_s": ("s to first token", ".2f"),
     "of_smallest": ("of the smallest cache's", ".2f"),
 }
 NAMES = {name: heading for name, (heading, _) in COLUMNS.items()}
@@ -59,17 +61,28 @@ def _cell(row: Row, figure: str) -> str:
     return format(row.figures[figure], COLUMNS[figure][1]) if figure in row.figures else ""
 
 
-def show(report: Report, title: Callable[[str], str] = str) -> None:
+def show(report: Report) -> None:
     """Prints the report's tables."""
+    # A pipe or a file says nothing of its width.
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
     tables = {report.suite: table_of(report.rows), "ratios": ratio_table(report.ratios)}
     for name, (headings, lines) in tables.items():
-        table = rich.table.Table(title=title(name), box=rich.box.SIMPLE_HEAD)
-        for heading in headings:
-            right = heading not in ("case", "side", "to", "of", "note")
-            table.add_column(heading, justify="right" if right else "left")
-        for line in lines:
-            table.add_row(*line)
-        rich.print(table)
+        if lines:
+            table = rich.table.Table(title=name, box=rich.box.SIMPLE_HEAD)
+            for heading in headings:
+                left = heading in ("case", "side", "to", "of", "note")
+                table.add_column(heading, justify="left" if left else "right")
+            for line in _without_repeats(lines):
+                table.add_row(*line)
+            console.print(table)
+
+
+def _without_repeats(lines: list[list[str]]) -> Iterator[list[str]]:
+    """The case only where another one begins."""
+    case = None
+    for first, *others in lines:
+        yield ["" if first == case else first, *others]
+        case = first
 
 
 def markdown(headings: list[str], lines: list[list[str]]) -> str:

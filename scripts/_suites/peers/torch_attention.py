@@ -1,20 +1,15 @@
-"""PyTorch's side of the suite `attention`. Run by a Python that has PyTorch."""
+"""PyTorch's side of the suite `attention`: `python -m scripts._suites.peers.torch_attention`,
+by a Python that has PyTorch."""
 
 # pyright: reportMissingImports=false
 # PyTorch is not among what is installed for development.
 
-import pathlib
-import sys
 import time
 
 import torch
 
-
-# Of our sources only what needs no more than NumPy.
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from contexts import Context  # noqa: E402
-from protocol import serve  # noqa: E402
+from ..contexts import Context
+from ..protocol import serve
 
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
