@@ -1,5 +1,5 @@
-"""The suite `attention`: one query a sequence over all its keys and values, as in each layer
-of a decode step. Pages against contiguous buffers, ours against PyTorch."""
+"""The suite `attention`: one query a sequence over all its keys and values, as in each
+layer of a decode step. Pages against contiguous buffers, ours against PyTorch."""
 
 import contextlib
 import dataclasses

@@ -16,10 +16,11 @@ _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 class Environment:
     """What is installed together.
 
-    - `python`: the oldest and the newest version that it can be, as `(3, minor)`.
+    - `steps`: what each call of pip installs, one after the other.
+    - `python`: the minor versions of the oldest and the newest Python 3 that will do.
     """
 
-    requirements: tuple[str, ...]
+    steps: tuple[tuple[str, ...], ...]
     python: tuple[int, int]
 
 
@@ -34,12 +35,18 @@ class Peer:
 
 # Exact versions: others are other peers, and these are known to run.
 ENVIRONMENTS = {
-    "transformers": Environment(("torch", "transformers==5.23.0", "accelerate"), (10, 13)),
-    "eqx-zoo": Environment(("eqx-zoo==0.3.5", "jax<0.11"), (12, 13)),
+    "transformers": Environment(
+        (("torch", "transformers==5.23.0", "accelerate"),), (10, 13)
+    ),
+    "eqx-zoo": Environment((("eqx-zoo==0.3.5", "jax<0.11"),), (12, 13)),
     "levanter": Environment(
-        # What the last three say is not declared, or is too new otherwise.
-        ("levanter==1.2.dev1644", "gitpython", "chex", "jax==0.9.2", "jaxlib==0.9.2"),
-        (11, 12),
+        (
+            # The last two are not declared.
+            ("levanter==1.2.dev1644", "gitpython", "chex"),
+            # Newer ones lack a name that it needs, which is not declared either.
+            ("--no-deps", "jax==0.9.2", "jaxlib==0.9.2"),
+        ),
+        (12, 12),
     ),
 }
 PEERS = {
@@ -74,7 +81,7 @@ def install(name: str, cache: pathlib.Path) -> str:
     """
     environment = ENVIRONMENTS[name]
     stamp = _stamp(name, cache)
-    wanted = list(environment.requirements)
+    wanted = [list(step) for step in environment.steps]
     if stamp.exists():
         recorded = json.loads(stamp.read_text())
         if recorded["requirements"] == wanted and not recorded["reason"]:
@@ -96,7 +103,7 @@ def _install(name: str, environment: Environment, cache: pathlib.Path) -> str:
     with log.open("w") as output:
         for command in (
             [python, "-m", "venv", "--clear", str(folder / "venv")],
-            [*pip, *environment.requirements],
+            *([*pip, *step] for step in environment.steps),
         ):
             if subprocess.run(command, stdout=output, stderr=output).returncode:
                 return f"it cannot be installed; {log} says why"

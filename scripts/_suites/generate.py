@@ -11,7 +11,7 @@ from .agree import Audit, compare, ROUNDING
 from .measure import in_turn, read_ceiling
 from .process import Broken, ours, Process
 from .record import describe, memory_bytes, ratios_of, Report, Row
-from .shapes import checkpoint, CONFIGS, itemsize, kv_bytes_of_token, num_weights
+from .shapes import checkpoint, CONFIGS, itemsize, num_weights
 from .workloads import chosen_stops, LARGE, REHEARSAL, Workload, WORKLOADS
 
 

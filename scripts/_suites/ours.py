@@ -1,4 +1,4 @@
-"""Our side of the benchmarks of generation: `python -m scripts._suites.ours KIND`, with KIND
+"""Our side of `generate` and `startup`: `python -m scripts._suites.ours KIND`, with KIND
 "paged" or "contiguous". Speaks as `protocol` says."""
 
 import sys

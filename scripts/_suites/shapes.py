@@ -1,4 +1,4 @@
-"""The models that are timed, with random weights, in the layout of published checkpoints."""
+"""The models that are timed: random weights, in the layout of published checkpoints."""
 
 import json
 import math
@@ -82,12 +82,6 @@ def weight_shapes(config: models.DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def num_weights(config: models.DecoderConfig) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(config).values())
-
-
-def kv_bytes_of_token(config: models.DecoderConfig, dtype: str) -> int:
-    """Bytes of the keys and values of one token, in all layers."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * itemsize(dtype)
 
 
 def itemsize(dtype: str) -> int:

@@ -28,18 +28,21 @@ NAMES = {name: heading for name, (heading, _) in COLUMNS.items()}
 
 
 def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """The headings, and the cells of a line for each row."""
+    """The headings, and the cells of a line for each row. Times are medians, with half the
+    distance between the quartiles."""
     whats = list(dict.fromkeys(what for row in rows for what in row.seconds))
     figures = [x for x in COLUMNS if any(x in row.figures for row in rows)]
-    headings = ["case", "side", *(f"{what} ms" for what in whats)]
-    headings += [COLUMNS[x][0] for x in figures] + ["note"]
+    headings = ["case", "side", *(f"{what}, ms" for what in whats)]
+    headings += [COLUMNS[x][0] for x in figures]
     lines = []
     for row in rows:
         cells = [row.case, row.side]
         cells += [_spread(row.seconds.get(what, [])) for what in whats]
         cells += [_cell(row, figure) for figure in figures]
         lines.append([*cells, row.reason or row.note])
-    return headings, lines
+    if any(line[-1] for line in lines):
+        return [*headings, "note"], lines
+    return headings, [line[:-1] for line in lines]
 
 
 def ratio_table(ratios: list[Ratio]) -> tuple[list[str], list[list[str]]]:
@@ -54,7 +57,7 @@ def _spread(times: list[float]) -> str:
         return ""
     low, middle, high = (1e3 * x for x in quartiles(times))
     digits = 0 if middle >= 1000 else 1 if middle >= 10 else 3
-    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
+    return f"{middle:,.{digits}f} ±{(high - low) / 2 / middle:.0%}"
 
 
 def _cell(row: Row, figure: str) -> str:

@@ -1,8 +1,9 @@
 """The suite `update`: a decode step on caches that differ in size alone.
 
-A step is what a model does with its cache for one token of each row: make room, and in each
-layer store a key and a value, and attend. All caches hold the same tokens, so each must take
-the same time: a step that copied its cache would take as much longer as the cache is larger.
+A step is what a model does with its cache for one token of each row: make room, and in
+each layer store a key and a value, and attend. All caches hold the same tokens, so each
+must take the same time: a step that copied its cache would take as much longer as the cache
+is larger.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ class Plan:
 
 
 QUICK = Plan(cache_mib=(64, 1024), page_sizes=(64,), rounds=20)
-REHEARSAL = Plan(cache_mib=(4, 8), page_sizes=(16,), rounds=2)
+REHEARSAL = Plan(cache_mib=(4, 8), page_sizes=(16,), dtypes=("float32",), rounds=2)
 
 
 @dataclasses.dataclass(frozen=True)

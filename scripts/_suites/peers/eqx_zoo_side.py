@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..protocol import cut, Memory, serve, timed
+from ..protocol import Memory, serve, timed
+from .common import cut
 
 
 class EqxZoo(Memory):

@@ -1,6 +1,6 @@
-"""Hugging Face transformers on PyTorch: `python -m scripts._suites.peers.hugging_face MODE`,
-with MODE "dynamic" or "static" for `generate` with that cache, or "continuous" for its
-continuous batching over a paged cache, as `generate_batch` does it."""
+"""Hugging Face transformers: `python -m scripts._suites.peers.hugging_face MODE`, with MODE
+"dynamic" or "static" for `generate` with that cache, or "continuous" for its continuous
+batching over a paged cache, as `generate_batch` does it."""
 
 # pyright: reportMissingImports=false
 # Neither is among what is installed for development.
@@ -10,7 +10,8 @@ import sys
 import torch
 import transformers
 
-from ..protocol import cut, Memory, serve, timed
+from ..protocol import Memory, serve, timed
+from .common import cut
 
 
 PAGE_SIZE = 64
@@ -65,7 +66,7 @@ class HuggingFace(Memory):
         return out[:, longest:].tolist()
 
     def _cache_of(self, prefix, num_rows):
-        """The keys and values of the prefix, computed once, as its guide to caches shows."""
+        """The keys and values of the prefix, computed once, as its guide shows."""
         cache = transformers.DynamicCache(config=self._model.config)
         self._model(torch.tensor([prefix]), past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(num_rows)
@@ -74,8 +75,8 @@ class HuggingFace(Memory):
     def _continuous(self, prefix, prompts, max_new_tokens, stops):
         whole = [prefix + prompt for prompt in prompts]
         lens = [len(prompt) + max_new_tokens for prompt in whole]
-        # A new manager each time, since one that lives on knows the prompts of earlier runs.
-        # It is made, and made ready, before the clock starts.
+        # A new manager each time, since one that lives on knows the prompts of earlier
+        # runs. It is made, and made ready, before the clock starts.
         with self._model.continuous_batching_context_manager(
             generation_config=transformers.GenerationConfig(
                 max_new_tokens=max_new_tokens,

@@ -1,5 +1,5 @@
-"""PyTorch's side of the suite `attention`: `python -m scripts._suites.peers.torch_attention`,
-by a Python that has PyTorch."""
+"""PyTorch's side of `attention`: `python -m scripts._suites.peers.torch_attention`, by a
+Python that has PyTorch."""
 
 # pyright: reportMissingImports=false
 # PyTorch is not among what is installed for development.
