@@ -9,16 +9,24 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from ._command_line import make_directory, Parser, refuse
 from ._suites import attention, environments, generate, publish, startup, update
-from ._suites.record import Report
+from ._suites.measure import read_ceiling
+from ._suites.record import describe, ratios_of, Report, Row
 from ._suites.tables import show
 
 
 PROGRAM = "bench"
 SUITES = ("attention", "update", "generate", "startup")
+# By which figures which of our sides are compared with all others.
+COMPARED = {
+    "attention": (("gb_per_s",), ("paged",)),
+    "generate": (("prefill_tok_s", "decode_tok_s", "tok_s"), ("paged",)),
+    "startup": (("first_token_s",), startup.OURS),
+}
 MODELS = ("135m", "1b")
 DTYPES = ("float32", "bfloat16")
 CACHE = pathlib.Path.home() / ".cache" / "eqx_paged_bench"
@@ -135,7 +143,10 @@ def find_peers(options: argparse.Namespace) -> Peers:
     )
 
 
-def run(suite: str, options: argparse.Namespace, peers: Peers) -> Report:
+def rows_of(
+    suite: str, options: argparse.Namespace, peers: Peers, about: dict[str, Any]
+) -> Iterator[Row]:
+    """What the suite finds, as it finds it; `about` gets the peers' versions."""
     size = "quick" if options.quick else "tiny" if options.dry_run else "full"
     models = tuple((x, dtype) for x in options.models for dtype in options.dtypes)
     shared: dict[str, Any] = {
@@ -144,11 +155,12 @@ def run(suite: str, options: argparse.Namespace, peers: Peers) -> Report:
         "absent": peers.absent,
         "cache": options.cache,
         "out": options.out,
+        "about": about,
     }
     if suite == "attention":
         there = isinstance(peers.torch, list)
         command, why = (peers.torch, "") if there else (None, str(peers.torch))
-        return attention.run(attention.Plan(size, command, why, options.out))
+        return attention.run(attention.Plan(size, command, why, options.out, about))
     if suite == "update":
         plans = {"full": update.Plan(), "quick": update.QUICK, "tiny": update.REHEARSAL}
         return update.run(plans[size])
@@ -158,6 +170,20 @@ def run(suite: str, options: argparse.Namespace, peers: Peers) -> Report:
     return startup.run(startup.Plan(rounds=rounds, **shared))
 
 
+def run(
+    suite: str, options: argparse.Namespace, peers: Peers, about: dict[str, Any]
+) -> Report:
+    """Writes each row as it is found, so that what breaks off is not lost."""
+    report = Report(suite, dict(about), [], [])
+    for row in rows_of(suite, options, peers, report.about):
+        report.rows.append(row)
+        report.write(options.out)
+        print(f"{suite}: {row.case}: {row.side}", file=sys.stderr, flush=True)
+    if suite in COMPARED:
+        report.ratios.extend(ratios_of(report.rows, *COMPARED[suite]))
+    return report
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Ends with exit status 1 where one of our sides makes a wrong token."""
     options = parse_options(arguments)
@@ -165,9 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
     make_directory(PROGRAM, options.cache)
     if not options.draw:
         peers = find_peers(options)
+        about = describe(read_ceiling_gb_s=read_ceiling() / 1e9)
         for suite in options.suites:
             try:
-                report = run(suite, options, peers)
+                report = run(suite, options, peers, about)
             except generate.Wrong as error:
                 print(f"{PROGRAM}: {error}", file=sys.stderr)
                 raise SystemExit(1) from None

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,13 +15,11 @@ from eqx_paged import KVPages, paged_attention, ragged_gqa
 from jaxtyping import Array, Float, Int32, Real
 
 from .contexts import CASES, Context, QUICK, REHEARSAL
-from .measure import in_turn, read_ceiling, timed
+from .measure import in_turn, timed
 from .process import Broken, Process
-from .record import describe, ratios_of, Report, Row
+from .record import Row
 
 
-OURS = ("paged",)
-FIGURES = ("gb_per_s",)
 # Two of our forms in float32 differ by what the order of additions rounds; in bfloat16 one
 # of the two also rounds the softmax.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -36,12 +34,14 @@ class Plan:
     - `size`: "full", "quick", or "tiny" to see that it works.
     - `torch`: a command that serves PyTorch's forms; None if there is none, for `absent`.
     - `out`: where its stderr goes.
+    - `about`: gives the ceiling, and takes PyTorch's version.
     """
 
     size: str
     torch: list[str] | None
     absent: str
     out: pathlib.Path
+    about: dict[str, Any]
 
     @property
     def cases(self) -> tuple[Context, ...]:
@@ -53,21 +53,19 @@ class Plan:
         return {"full": 20.0, "quick": 6.0, "tiny": 0.1}[self.size]
 
 
-def run(plan: Plan) -> Report:
-    about = describe(read_ceiling_gb_s=read_ceiling() / 1e9)
-    rows: list[Row] = []
+def run(plan: Plan) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
         torch = None
         if plan.torch is not None:
             process = Process("torch", plan.torch, plan.out / "attention_torch.log")
             torch = stack.enter_context(process)
             torch.ready()
-            about |= torch.ask("versions")
+            plan.about.update(torch.ask("versions"))
         for case in plan.cases:
-            rows += time_case(case, torch, plan.seconds, about["read_ceiling_gb_s"])
+            ceiling = plan.about["read_ceiling_gb_s"]
+            yield from time_case(case, torch, plan.seconds, ceiling)
     if torch is None:
-        rows.append(Row("all", {}, "torch", reason=plan.absent))
-    return Report("attention", about, rows, ratios_of(rows, FIGURES, OURS))
+        yield Row("all", {}, "torch", reason=plan.absent)
 
 
 def time_case(

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from .agree import Audit, compare, ROUNDING
-from .measure import in_turn, read_ceiling
+from .measure import in_turn
 from .process import Broken, ours, Process
-from .record import describe, memory_bytes, ratios_of, Report, Row
+from .record import memory_bytes, Row
 from .shapes import checkpoint, CONFIGS, itemsize, num_weights
 from .workloads import chosen_stops, LARGE, REHEARSAL, Workload, WORKLOADS
 
 
 OURS = ("paged", "contiguous")
-FIGURES = ("prefill_tok_s", "decode_tok_s", "tok_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Plan:
     - `absent`: by name, why a peer is not among them.
     - `cache`: the folder of checkpoints and compiled programs.
     - `out`: where the sides' stderr goes.
+    - `about`: gives the ceiling, and takes the peers' versions.
     """
 
     models: tuple[tuple[str, str], ...]
@@ -37,6 +37,7 @@ class Plan:
     absent: dict[str, str]
     cache: pathlib.Path
     out: pathlib.Path
+    about: dict[str, Any]
 
     @property
     def rounds(self) -> int:
@@ -49,18 +50,13 @@ class Plan:
         return [x for x in some if not (x.full and self.quick)]
 
 
-def run(plan: Plan) -> Report:
-    about = describe(read_ceiling_gb_s=read_ceiling() / 1e9)
-    rows: list[Row] = []
+def run(plan: Plan) -> Iterator[Row]:
     for model, dtype in plan.models:
         for peers in _groups(plan, model, dtype):
-            rows += _timed_together(plan, model, dtype, peers, about)
+            yield from _timed_together(plan, model, dtype, peers)
         shape = {"model": model, "dtype": dtype}
-        rows += [
-            Row(f"{model} {dtype}", shape, name, reason=reason)
-            for name, reason in plan.absent.items()
-        ]
-    return Report("generate", about, rows, ratios_of(rows, FIGURES, ("paged",)))
+        for name, reason in plan.absent.items():
+            yield Row(f"{model} {dtype}", shape, name, reason=reason)
 
 
 def _groups(plan: Plan, model: str, dtype: str) -> list[list[str]]:
@@ -72,9 +68,7 @@ def _groups(plan: Plan, model: str, dtype: str) -> list[list[str]]:
     return [names[i : i + room] for i in range(0, len(names), room)] or [[]]
 
 
-def _timed_together(
-    plan: Plan, model: str, dtype: str, peers: list[str], about: dict[str, Any]
-) -> Iterator[Row]:
+def _timed_together(plan: Plan, model: str, dtype: str, peers: list[str]) -> Iterator[Row]:
     root = checkpoint(model, plan.cache)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Process] = {}
@@ -89,11 +83,13 @@ def _timed_together(
             sides[name] = stack.enter_context(process)
             try:
                 process.ready()
+                if name in peers:
+                    plan.about.update(process.ask("versions"))
                 process.ask("load", checkpoint=str(root), dtype=dtype)
             except Broken as error:
                 _lose(sides, broken, name, error)
         for workload in plan.workloads(model):
-            yield from Contest(plan, model, dtype, workload, about).rows(sides, broken)
+            yield from Contest(plan, model, dtype, workload).rows(sides, broken)
 
 
 def _lose(
@@ -113,7 +109,6 @@ class Contest:
     model: str
     dtype: str
     workload: Workload
-    about: dict[str, Any]
 
     def rows(self, sides: dict[str, Process], broken: dict[str, str]) -> Iterator[Row]:
         yield from (self._row(name, reason=reason) for name, reason in broken.items())
@@ -192,7 +187,7 @@ class Contest:
             "prefill_tok_s": self.workload.num_prompt_tokens / row.median("first"),
             "decode_tok_s": batch * steps / decode,
             "weight_gb_s": weight_gb_s,
-            "of_roofline": weight_gb_s / self.about["read_ceiling_gb_s"],
+            "of_roofline": weight_gb_s / self.plan.about["read_ceiling_gb_s"],
         }
 
     def _memory(self, side: Process, cache_bytes: int) -> dict[str, float]:

@@ -7,23 +7,23 @@ import functools
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from .process import Broken, ours, Process
-from .record import describe, ratios_of, Report, Row
+from .record import Row
 from .shapes import checkpoint, CONFIGS
 from .workloads import Workload
 
 
 OURS = ("paged, nothing compiled", "paged, all compiled before")
-FIGURES = ("first_token_s",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the suite does.
 
-    - `models`, `peers`, `absent`, `cache`, `out`: as in `generate.Plan`.
+    - `models`, `peers`, `absent`, `cache`, `out`, `about`: as in `generate.Plan`.
     - `rounds`: starts of each side, in turn.
     """
 
@@ -33,14 +33,13 @@ class Plan:
     absent: dict[str, str]
     cache: pathlib.Path
     out: pathlib.Path
+    about: dict[str, Any]
 
 
-def run(plan: Plan) -> Report:
-    rows: list[Row] = []
+def run(plan: Plan) -> Iterator[Row]:
     for model, dtype in plan.models:
         with tempfile.TemporaryDirectory() as folder:
-            rows += _start_all(plan, model, dtype, pathlib.Path(folder))
-    return Report("startup", describe(), rows, ratios_of(rows, FIGURES, OURS))
+            yield from _start_all(plan, model, dtype, pathlib.Path(folder))
 
 
 def _start_all(plan: Plan, model: str, dtype: str, folder: pathlib.Path) -> list[Row]:

@@ -9,7 +9,7 @@ is larger.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ from eqx_paged import PagedAttention, PagedKVCache, RESULTS
 from jaxtyping import Array, Float
 
 from .measure import in_turn, timed
-from .record import describe, Report, Row
+from .record import Row
 from .shapes import itemsize
 
 
@@ -84,15 +84,11 @@ class Case:
         return int(stored / NUM_SEQS)
 
 
-def run(plan: Plan) -> Report:
-    rows = []
+def run(plan: Plan) -> Iterator[Row]:
     for dtype, page_size in itertools.product(plan.dtypes, plan.page_sizes):
         cases = [Case(mib, plan.cache_mib[0], page_size, dtype) for mib in plan.cache_mib]
         for side, step in (("store", store_step), ("store and attend", attend_step)):
-            rows += time_cases(cases, side, step, plan.rounds)
-    about = {"num_seqs": NUM_SEQS, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS}
-    about |= {"num_kv_heads": NUM_KV_HEADS, "head_dim": HEAD_DIM}
-    return Report("update", describe(**about), rows, [])
+            yield from time_cases(cases, side, step, plan.rounds)
 
 
 def time_cases(cases: Sequence[Case], side: str, step: Callable, rounds: int) -> list[Row]:
@@ -116,8 +112,15 @@ def time_cases(cases: Sequence[Case], side: str, step: Callable, rounds: int) ->
 
 
 def _rows(cases: Sequence[Case], side: str, times: list[list[float]]) -> list[Row]:
+    shape = {
+        "num_seqs": NUM_SEQS,
+        "num_layers": NUM_LAYERS,
+        "num_heads": NUM_HEADS,
+        "num_kv_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+    }
     rows = [
-        Row(_name(case), dataclasses.asdict(case), side, {"step": seconds})
+        Row(_name(case), {**dataclasses.asdict(case), **shape}, side, {"step": seconds})
         for case, seconds in zip(cases, times, strict=True)
     ]
     for case, row in zip(cases, rows, strict=True):

@@ -187,6 +187,8 @@ import sys
 from scripts._suites.protocol import serve
 
 class Fake:
+    def versions(self):
+        return {"spam": sys.argv[1]}
     def load(self, checkpoint, dtype):
         return {}
     def audit(self, tokens, num_prompt_tokens):
@@ -230,13 +232,16 @@ def plan_of_fakes(tmp_path, monkeypatch, command_of_fake):
     )
     peers = {x: command_of_fake(x) for x in ("right", "wrong", "broken", "unsupported")}
     models = (("tiny", "float32"),)
-    return generate.Plan(models, True, peers, {"far": "it is away"}, tmp_path, tmp_path)
+    about = {"read_ceiling_gb_s": 1.0}
+    return generate.Plan(
+        models, True, peers, {"far": "it is away"}, tmp_path, tmp_path, about
+    )
 
 
 def test_a_peer_that_is_wrong_or_broken_is_listed_with_the_reason(plan_of_fakes):
     from scripts._suites import generate
 
-    rows = {row.side: row for row in generate.run(plan_of_fakes).rows}
+    rows = {row.side: row for row in generate.run(plan_of_fakes)}
     reasons = {side: row.reason for side, row in rows.items()}
     assert [x for x in reasons if not reasons[x]] == ["paged", "contiguous", "right"]
     assert reasons["wrong"].startswith("wrong: row 0 differs from token 4 on, whose logit")
@@ -261,7 +266,7 @@ def test_ours_being_wrong_ends_the_run(plan_of_fakes, monkeypatch, command_of_fa
 
     monkeypatch.setattr(generate, "ours", ours)
     with pytest.raises(generate.Wrong, match="contiguous, 2 x 3: row 0 differs"):
-        generate.run(plan_of_fakes)
+        list(generate.run(plan_of_fakes))
 
 
 def test_a_side_that_is_silent_is_given_up(tmp_path, monkeypatch):
