@@ -166,7 +166,7 @@ def rows_of(
         return update.run(plans[size])
     if suite == "generate":
         return generate.run(generate.Plan(quick=options.quick, **shared))
-    rounds = {"full": 5, "quick": 3, "tiny": 1}[size]
+    rounds = {"full": 5, "quick": 1, "tiny": 1}[size]
     return startup.run(startup.Plan(rounds=rounds, **shared))
 
 

@@ -12,7 +12,7 @@ from .measure import in_turn
 from .process import Broken, ours, Process
 from .record import memory_bytes, Row
 from .shapes import checkpoint, CONFIGS, itemsize, num_weights
-from .workloads import chosen_stops, LARGE, REHEARSAL, Workload, WORKLOADS
+from .workloads import chosen_stops, QUICK, REHEARSAL, SHORT, Workload, WORKLOADS
 
 
 OURS = ("paged", "contiguous")
@@ -43,11 +43,12 @@ class Plan:
     def rounds(self) -> int:
         return 3 if self.quick else 7
 
-    def workloads(self, model: str) -> list[Workload]:
+    def workloads(self, model: str, dtype: str) -> list[Workload]:
         if model == "tiny":
             return list(REHEARSAL)
-        some = [x for x in WORKLOADS if model != "1b" or x.name in LARGE]
-        return [x for x in some if not (x.full and self.quick)]
+        if self.quick:
+            return list(QUICK)
+        return list(WORKLOADS if (model, dtype) == ("135m", "float32") else SHORT)
 
 
 def run(plan: Plan) -> Iterator[Row]:
@@ -88,7 +89,7 @@ def _timed_together(plan: Plan, model: str, dtype: str, peers: list[str]) -> Ite
                 process.ask("load", checkpoint=str(root), dtype=dtype)
             except Broken as error:
                 _lose(sides, broken, name, error)
-        for workload in plan.workloads(model):
+        for workload in plan.workloads(model, dtype):
             yield from Contest(plan, model, dtype, workload).rows(sides, broken)
 
 
@@ -117,15 +118,16 @@ class Contest:
         asked["max_new_tokens"] = self.workload.max_new_tokens
         whole = [prefix + prompt for prompt in prompts]
         audit = _auditor(sides["paged"])
-        reference = sides["paged"].ask("run", **asked)["tokens"]
-        self._check_greedy(whole[0], reference[0], audit)
+        ours = sides["paged"].ask("run", **asked)
+        self._check_greedy(whole[0], ours["tokens"][0], audit)
         if self.workload.stops:
-            asked["stops"] = chosen_stops(reference)
-            reference = sides["paged"].ask("run", **asked)["tokens"]
+            asked["stops"] = chosen_stops(ours["tokens"])
+            ours = sides["paged"].ask("run", **asked)
+        reference = ours["tokens"]
         notes: dict[str, str] = {}
         for name, side in list(sides.items()):
             try:
-                answer = side.ask("run", **asked)
+                answer = ours if name == "paged" else side.ask("run", **asked)
             except Broken as error:
                 _lose(sides, broken, name, error)
                 yield self._row(name, reason=str(error))
@@ -140,7 +142,8 @@ class Contest:
                 raise Wrong(f"{name}, {self.workload.name}: {note}")
             else:
                 yield self._row(name, reason=f"wrong: {note}")
-        yield from self._timed({x: sides[x] for x in notes}, asked, reference, notes)
+        sides = {name: sides[name] for name in notes}
+        yield from self._timed(sides, asked, ours, notes)
 
     def _check_greedy(self, prompt: list[int], tokens: list[int], audit: Audit) -> None:
         gap = max(audit(prompt + tokens, len(prompt)))
@@ -151,14 +154,13 @@ class Contest:
         self,
         sides: dict[str, Process],
         asked: dict[str, Any],
-        reference: list[list[int]],
+        ours: dict[str, Any],
         notes: dict[str, str],
     ) -> Iterator[Row]:
-        cache_bytes = sides["paged"].ask("run", **asked)["cache_bytes"]
         whats = {"all": asked}
-        if self.workload.is_plain:
+        if self.workload.is_plain and self.workload.max_new_tokens > 1:
             whats["first"] = {**asked, "max_new_tokens": 1}
-            for side in sides.values():
+            for side in sides.values():  # which compiles
                 side.ask("run", **whats["first"])
         runs = {
             f"{name} {what}": functools.partial(_seconds, side, request)
@@ -169,21 +171,22 @@ class Contest:
         for name, side in sides.items():
             row = self._row(name, note=notes[name])
             row.seconds.update({what: times[f"{name} {what}"] for what in whats})
-            row.figures.update(self._speeds(row, sum(map(len, reference))))
-            row.figures.update(self._memory(side, cache_bytes))
+            row.figures.update(self._speeds(row, sum(map(len, ours["tokens"]))))
+            row.figures.update(self._memory(side, ours["cache_bytes"]))
             yield row
 
     def _speeds(self, row: Row, num_new: int) -> dict[str, float]:
-        figures = {"tok_s": num_new / row.median("all")}
         if not self.workload.is_plain:
-            return figures
+            return {"tok_s": num_new / row.median("all")}
         steps = self.workload.max_new_tokens - 1
+        if steps == 0:
+            return {"prefill_tok_s": self.workload.num_prompt_tokens / row.median("all")}
         batch = len(self.workload.prompt_lens)
         decode = row.median("all") - row.median("first")
         weights = num_weights(CONFIGS[self.model]) * itemsize(self.dtype)
         weight_gb_s = weights * steps / decode / 1e9
         return {
-            **figures,
+            "tok_s": num_new / row.median("all"),
             "prefill_tok_s": self.workload.num_prompt_tokens / row.median("first"),
             "decode_tok_s": batch * steps / decode,
             "weight_gb_s": weight_gb_s,

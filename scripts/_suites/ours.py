@@ -37,6 +37,15 @@ class Ours(Memory):
         attention = {"paged": PagedAttention(), "contiguous": RaggedAttention()}
         self._attention = attention[kind]
 
+    @classmethod
+    def of_random_weights(cls, kind: str, config: models.DecoderConfig) -> "Ours":
+        """As after `load`, always with the same weights."""
+        side = cls(kind)
+        side._model = models.Decoder(
+            config, attention=side._attention, key=jax.random.key(0)
+        )
+        return side
+
     def load(self, checkpoint: str, dtype: str) -> dict[str, Any]:
         model = models.load_checkpoint(
             checkpoint, jnp.dtype(dtype), attention=self._attention

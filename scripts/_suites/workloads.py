@@ -14,7 +14,6 @@ class Workload:
     - `prefix_len`: tokens that all prompts begin with.
     - `max_new_tokens`: for each prompt.
     - `stops`: whether prompts end early, each at its own length.
-    - `full`: whether a quick run leaves it out.
     """
 
     name: str
@@ -22,7 +21,6 @@ class Workload:
     prefix_len: int = 0
     max_new_tokens: int = 128
     stops: bool = False
-    full: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -54,9 +52,15 @@ WORKLOADS = (
     Workload("1 x 128", (128,)),
     Workload("1 x 1024", (1024,)),
     Workload("8 x 128", (128,) * 8),
-    Workload("8 x 1024", (1024,) * 8, full=True),
-    Workload("8 ragged", (1024, 16, 256, 64, 512, 32, 128, 96), stops=True),
-    Workload("8 of one prefix", (16,) * 8, prefix_len=1024),
+    Workload("8 ragged", (512, 16, 256, 64, 384, 32, 128, 96), stops=True),
+    Workload("8 of one prefix", (16,) * 8, prefix_len=512, max_new_tokens=64),
+)
+# Where steps take long, or for what the others say as well.
+SHORT = tuple(dataclasses.replace(x, max_new_tokens=32) for x in WORKLOADS[:3])
+QUICK = (
+    Workload("1 x 128", (128,), max_new_tokens=32),
+    Workload("1 x 1024", (1024,), max_new_tokens=1),
+    Workload("8 x 128", (128,) * 8, max_new_tokens=16),
 )
 # The same in small, to see that all of it works.
 REHEARSAL = (
@@ -64,8 +68,6 @@ REHEARSAL = (
     Workload("3 ragged", (9, 2, 5), max_new_tokens=4, stops=True),
     Workload("2 of one prefix", (2,) * 2, prefix_len=9, max_new_tokens=4),
 )
-# For a model whose steps take long.
-LARGE = ("1 x 128", "1 x 1024", "8 x 128")
 
 
 def chosen_stops(tokens: list[list[int]]) -> list[int]:
