@@ -158,9 +158,9 @@ def rows_of(
         "about": about,
     }
     if suite == "attention":
-        there = isinstance(peers.torch, list)
-        command, why = (peers.torch, "") if there else (None, str(peers.torch))
-        return attention.run(attention.Plan(size, command, why, options.out, about))
+        torch = peers.torch if isinstance(peers.torch, list) else None
+        reason = "" if torch else str(peers.torch)
+        return attention.run(attention.Plan(size, torch, reason, options.out, about))
     if suite == "update":
         plans = {"full": update.Plan(), "quick": update.QUICK, "tiny": update.REHEARSAL}
         return update.run(plans[size])

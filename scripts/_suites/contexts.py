@@ -112,18 +112,19 @@ class Context:
         return Data(q, k, v, self.lens, table, self.page_size)
 
 
-_SMALL = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
-_LARGE = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+# Heads of queries, heads of keys, and their size.
+_SMALL = (9, 3, 64)
+_LARGE = (32, 8, 128)
 _MAIN = tuple(
-    Context(num_seqs, 4096, **heads, dtype=dtype)
+    Context(num_seqs, 4096, *heads, dtype=dtype)
     for dtype in ("float32", "bfloat16")
     for heads in (_SMALL, _LARGE)
     for num_seqs in (8, 32)
 )
 # What else the plots of speed against context and batch need.
-_CONTEXTS = tuple(Context(8, context, **_SMALL) for context in (256, 1024, 16384))
-_BATCHES = tuple(Context(num_seqs, 4096, **_SMALL) for num_seqs in (1, 2, 4, 16))
-_RAGGED = (Context(32, 4096, **_SMALL, ragged=True),)
+_CONTEXTS = tuple(Context(8, context, *_SMALL) for context in (256, 1024, 16384))
+_BATCHES = tuple(Context(num_seqs, 4096, *_SMALL) for num_seqs in (1, 2, 4, 16))
+_RAGGED = (Context(32, 4096, *_SMALL, ragged=True),)
 CASES = _MAIN + _CONTEXTS + _BATCHES + _RAGGED
 QUICK = tuple(x for x in _MAIN if x.num_seqs == 8) + _RAGGED
 REHEARSAL = (

@@ -62,14 +62,14 @@ class Ours(Memory):
 
         `tokens`, without padding; `seconds`, from tokens to tokens; `cache_bytes`.
         """
-        (made, cache), seconds = self._generate(prefix, prompts, max_new_tokens, stops)
+        run = timed(self._generate)
+        (made, cache), seconds = run(prefix, prompts, max_new_tokens, stops)
         if made.result != RESULTS.successful:
             raise RuntimeError(RESULTS[made.result])
         tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
         kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         return {"tokens": kept, "seconds": seconds, "cache_bytes": cache.num_bytes}
 
-    @timed
     def _generate(
         self, prefix: list[int], prompts: Tokens, max_new_tokens: int, stops: list[int]
     ) -> tuple[Generation, Cache]:
@@ -109,9 +109,9 @@ class Ours(Memory):
         compiled yet; gives the seconds that the compiler took."""
         compiling = []
 
-        def listen(event: str, seconds: float, **_: object) -> None:
+        def listen(event: str, duration_secs: float, **_: object) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
-                compiling.append(seconds)
+                compiling.append(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         job = Job((tuple(prompt),), max_new_tokens=128, page_size=PAGE_SIZE, burst=1)
