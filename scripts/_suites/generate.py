@@ -183,11 +183,16 @@ class Contest:
             return {"prefill_tok_s": self.workload.num_prompt_tokens / row.median("all")}
         batch = len(self.workload.prompt_lens)
         decode = row.median("all") - row.median("first")
+        figures = {
+            "tok_s": num_new / row.median("all"),
+            "prefill_tok_s": self.workload.num_prompt_tokens / row.median("first"),
+        }
+        if decode <= 0:  # the steps of a tiny model are lost in the noise
+            return figures
         weights = num_weights(CONFIGS[self.model]) * itemsize(self.dtype)
         weight_gb_s = weights * steps / decode / 1e9
         return {
-            "tok_s": num_new / row.median("all"),
-            "prefill_tok_s": self.workload.num_prompt_tokens / row.median("first"),
+            **figures,
             "decode_tok_s": batch * steps / decode,
             "weight_gb_s": weight_gb_s,
             "of_roofline": weight_gb_s / self.plan.about["read_ceiling_gb_s"],
