@@ -184,6 +184,7 @@ def _blend(frequencies: Frequencies, factor: float, kept: Frequencies) -> Freque
 
 # Which keys each kind must have, and which it may.
 _REQUIRED = {
+    "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -191,6 +192,7 @@ _REQUIRED = {
     "longrope": ("short_factor", "long_factor"),
 }
 _OPTIONAL = {
+    "default": (),
     "linear": (),
     "dynamic": (),
     "llama3": ("original_max_position_embeddings",),
@@ -221,10 +223,8 @@ def read_scaling(
     """
     kind = published.get("rope_type", published.get("type", "default"))
     given = {key: x for key, x in published.items() if key not in _OF_ALL and x is not None}
-    known = (
-        () if kind == "default" else (*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ()))
-    )
-    if (kind != "default" and kind not in _REQUIRED) or set(given) - set(known):
+    # Not by `in` the dictionary: what a file holds need not be hashable.
+    if kind not in [*_REQUIRED] or set(given) - {*_REQUIRED[kind], *_OPTIONAL[kind]}:
         raise ValueError(f"{name} {dict(published)!r} is not supported")
     if kind == "default":
         return None
@@ -275,6 +275,8 @@ def _build(kind: str, given: dict[str, Any], max_position_embeddings: int) -> Sc
         given.setdefault("attention_factor", sharper)
         return YarnScaling(**given, original_max_position_embeddings=original)
     longer = given.pop("factor", max_position_embeddings / original)
+    if original == 1:
+        refuse("original_max_position_embeddings", original, "more than 1")
     given.setdefault("attention_factor", _long_attention_factor(longer, original))
     given |= {key: tuple(map(float, given[key])) for key in _REQUIRED[kind]}
     return LongScaling(**given, original_max_position_embeddings=original)

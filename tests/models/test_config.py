@@ -76,11 +76,13 @@ def test_one_end_several_or_none(published_ids, ids):
         ("model_type", None),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
+        ("architectures", 3),
         ("rope_scaling", {"rope_type": "proportional", "factor": 8.0}),
         ("rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": [1]}),
         ("rope_scaling", {"type": "linear", "factor": 2.0, "extra": 1}),
         ("rope_scaling", {"type": "yarn", "factor": 2.0, "mscale": 1.0}),
         ("rope_scaling", {"rope_type": "default", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": ["yarn"], "factor": 2.0}),
         ("rope_scaling", "linear"),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
         ("attention_dropout", 0.1),
@@ -90,6 +92,7 @@ def test_one_end_several_or_none(published_ids, ids):
         ("layer_types", ["sliding_attention", "full_attention"]),
         ("query_pre_attn_scalar", 24),
         ("sliding_window", 128),
+        ("sliding_window_size", 128),
         ("quantization_config", {"bits": 4}),
         ("partial_rotary_factor", 0.5),
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
@@ -154,6 +157,8 @@ def test_contradictions_name_both_values():
     types = ["sliding_attention", "full_attention"]
     with pytest.raises(ValueError, match="sliding_attention.* contradicts .* None"):
         DecoderConfig.from_dict(published(**windows, layer_types=types))
+    with pytest.raises(ValueError, match="sliding_window_size 64 is not supported"):
+        DecoderConfig.from_dict(published(**windows, sliding_window_size=64))
 
 
 def test_all_missing_keys_are_named_together():
@@ -213,6 +218,7 @@ SAID = {
     "Gemma 2": {
         **{"model_type": "gemma2", "hidden_size": 2304, "num_attention_heads": 8},
         **{"num_key_value_heads": 4, "sliding_window": 4096, "head_dim": 256},
+        **{"sliding_window_size": 4096, "final_logit_softcapping": 30.0},
         **{"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
         **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
     },
@@ -229,6 +235,17 @@ SAID = {
         **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
         "rope_scaling": {
             **{"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
+        },
+    },
+    "Phi 4 mini": {
+        **{"model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 24},
+        **{"num_key_value_heads": 8, "sliding_window": 262144, "mlp_bias": False},
+        **{"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False},
+        **{"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},
+        **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
+        **{"partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+        "rope_scaling": {
+            **{"short_factor": [1] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
         },
     },
     "OLMo 2": {
@@ -270,6 +287,39 @@ def test_windows_are_where_each_family_has_them():
     assert windows("Gemma 3") == ([512] * 5 + [None]) * 2
     types = ["full_attention"] * 3 + ["sliding_attention"]
     assert windows("Gemma 2", layer_types=types) == [None, None, None, 4096]
+
+
+def test_layer_types_that_a_family_does_not_look_at_are_refused():
+    """transformers takes the window for all layers of these, whatever the types say."""
+    mistral = {**SIZES, **SAID["Mistral 7B v0.1"]}
+    for types in (["full_attention"] * 4, ["full_attention", "sliding_attention"] * 2):
+        with pytest.raises(ValueError, match="layer_types .* is not supported"):
+            DecoderConfig.from_dict({**mistral, "layer_types": types})
+    same = DecoderConfig.from_dict({**mistral, "layer_types": ["sliding_attention"] * 4})
+    assert same == DecoderConfig.from_dict(mistral)
+
+
+@pytest.mark.parametrize(
+    "model, key, changes",
+    (
+        ("Qwen2.5", "max_window_layers", {"max_window_layers": "3"}),
+        ("Qwen3", "max_window_layers", {"max_window_layers": -1}),
+        (
+            *("Phi 3.5", "original_max_position_embeddings"),
+            {"original_max_position_embeddings": 1},
+        ),
+        (
+            *("Mistral 7B v0.3", "rope_theta"),
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        ),
+    ),
+)
+def test_a_value_that_makes_no_sense_in_a_family_is_named(model, key, changes):
+    changed = {**SIZES, **SAID[model], **changes}
+    if key == "max_window_layers":
+        changed |= {"use_sliding_window": True, "sliding_window": 128}
+    with pytest.raises(ValueError, match=f"^{key} must be"):
+        DecoderConfig.from_dict(changed)
 
 
 def test_each_family_computes_what_sets_it_apart():

@@ -27,8 +27,8 @@ FORGETFUL = TEMPLATE.replace(
     "{{ message.content if message.role == 'user' else message.content[3:] }}",
 )
 END = SPECIAL.index("<end>")
-# With the rest of a burst, as many tokens as the least of a cache's rows may have.
-MAX_LEN = 121
+# As many tokens as the least of a cache's rows may have.
+MAX_LEN = 128
 TURNS = ("w1 w2 w3", "w4", "w5 w6")
 
 
@@ -302,6 +302,36 @@ def test_an_answer_ends_where_the_conversation_is_full(results, chat_dir):
     longest = first["num_prompt_tokens"] + 3
     cut = results(chat_dir, TURNS[:1], "--max-len", str(longest))[0]
     assert cut["tokens"] == first["tokens"][:3] and cut["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("left", (8, 7, 1))
+def test_a_conversation_may_fill_all_that_the_model_reads(
+    results, chat_dir, answer_from_scratch, left
+):
+    num_words = MAX_LEN - left - len(("<bos>", "<user>", "<end>", "<model>"))
+    turn = " ".join(WORDS[i % len(WORDS)] for i in range(num_words))
+    (made,) = results(chat_dir, (turn,), "--max-new-tokens", "12")
+    assert made["num_prompt_tokens"] == MAX_LEN - left
+    assert made["tokens"] == answer_from_scratch(rendered([made], 0), left)
+    assert made["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("max_new_tokens", (3, 16, 512))
+def test_a_chats_rows_are_no_longer_than_it_may_become(max_new_tokens):
+    """Phi-3's positions are others where rows may be longer than 4096."""
+    import models
+    from scripts._chat import turn_of, whole_chat
+    from scripts._engine import Job
+
+    config = models.DecoderConfig(64, 32, 64, 1, 2, 1, 16)
+    job = Job(prompts=((),), max_new_tokens=max_new_tokens, max_len=4096)
+    assert whole_chat(job).cache_shape(config)["max_len"] == 4096
+    for length in range(3500, 4096):
+        turn = turn_of(job, (1,) * length, number=0)
+        room = min(max_new_tokens, 4096 - length)
+        num_made = -(-room // turn.burst) * turn.burst
+        assert turn.room(turn.prompts[0]) == room and length + num_made <= 4096
+        assert turn.burst == (8 if length + -(-room // 8) * 8 <= 4096 else 1)
 
 
 def test_a_turn_for_which_there_is_no_room_is_refused(capsys, chat, chat_dir):
