@@ -139,7 +139,10 @@ FAMILIES: Mapping[str, Family] = {
             **{"original_max_position_embeddings": 4096},
             **{"bos_token_id": 1, "eos_token_id": 32000},
         },
-        neutral={"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        neutral={
+            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+            **{"full_attn_mod": 1, "interpolate_factor": 1},
+        },
         windows="all",
         fused=True,
         partial_rotary=True,

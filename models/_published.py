@@ -7,7 +7,14 @@ refused.
 from collections.abc import Mapping
 from typing import Any
 
-from ._checks import check_bool, check_choice, check_positive, check_size
+from ._checks import (
+    check_bool,
+    check_choice,
+    check_positive,
+    check_size,
+    is_int,
+    refuse,
+)
 from ._families import FAMILIES, Family, family_of
 from ._rope import publish_scaling, read_scaling, Scaling
 
@@ -35,6 +42,7 @@ _AS_THEY_ARE = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"
 _NEUTRAL = {
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "is_causal": True,
     "mlp_bias": False,
     "pretraining_tp": 1,
     "quantization_config": None,
@@ -47,7 +55,7 @@ _HARMLESS = {
     *("cache_implementation", "output_attentions", "output_hidden_states"),
     *("return_dict", "is_llama_config", "transformers.js_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
-    *("unsloth_fixed", "unsloth_version"),
+    *("unsloth_fixed", "unsloth_version", "max_sequence_length"),
 }
 # Read here or by `_check_supported`, in any family.
 _READ = {
@@ -156,8 +164,9 @@ def _check_architectures(published: Mapping[str, Any], family: Family) -> None:
     found = published.get("architectures")
     if found is None:
         return
+    names = found if isinstance(found, list) else [found]
     # Early files say "LLaMAForCausalLM".
-    if [str(name).lower() for name in found] != [family.architecture.lower()]:
+    if [str(name).lower() for name in names] != [family.architecture.lower()]:
         raise ValueError(
             f"architectures {found!r} is not supported (only {family.architecture!r} "
             f"of {published['model_type']!r})"
@@ -183,6 +192,8 @@ def _neutral_of_others(published: Mapping[str, Any], family: Family) -> dict[str
         again["hidden_act"] = published.get(family.activation) or usual
     if isinstance(family.windows, int):
         again |= {name: family.windows for name in _PATTERN}
+        window = published.get("sliding_window") or family.defaults["sliding_window"]
+        again["sliding_window_size"] = window
     return again
 
 
@@ -205,17 +216,16 @@ def _read_windows(said: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if family.windows == "upper":
         check_bool("use_sliding_window", said.get("use_sliding_window", False))
         window = window if said.get("use_sliding_window", False) else None
-    types = said["layer_types"]
-    if types is None:
-        types = _usual_types(said, family) if window is not None else []
-    elif not isinstance(types, list) or len(types) != num_layers:
+    usual = [FULL] * num_layers if window is None else _usual_types(said, family)
+    types = usual if said["layer_types"] is None else said["layer_types"]
+    if not isinstance(types, list) or len(types) != num_layers:
         raise ValueError(f"layer_types {types!r} must be a list of {num_layers}")
     for kind in types:
         check_choice("layer_types", kind, (FULL, WINDOW))
+    if types != usual and not family.lists_layers:
+        raise ValueError(f"layer_types {types!r} is not supported")
     if WINDOW not in types:
         return {}
-    if not family.lists_layers and family.windows != "all":
-        raise ValueError(f"layer_types {types!r} is not supported")
     if window is None:
         raise ValueError(f"layer_types {types!r} contradicts sliding_window None")
     check_size("sliding_window", window)
@@ -228,12 +238,14 @@ def _usual_types(said: Mapping[str, Any], family: Family) -> list[str]:
         return [WINDOW] * num_layers
     if family.windows == "upper":
         first = said.get("max_window_layers", 28)
+        if not (is_int(first) and first >= 0):
+            refuse("max_window_layers", first, "a whole number")
         return [WINDOW if i >= first else FULL for i in range(num_layers)]
     if isinstance(family.windows, int):
         every = next((said[key] for key in _PATTERN if key in said), family.windows)
         check_size("sliding_window_pattern", every)
         return [FULL if (i + 1) % every == 0 else WINDOW for i in range(num_layers)]
-    return []
+    return [FULL] * num_layers
 
 
 def _publish_windows(options: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -221,10 +221,10 @@ def read_scaling(
     """
     kind = published.get("rope_type", published.get("type", "default"))
     given = {key: x for key, x in published.items() if key not in _OF_ALL and x is not None}
-    known = (
-        () if kind == "default" else (*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ()))
-    )
-    if (kind != "default" and kind not in _REQUIRED) or set(given) - set(known):
+    # What a file holds need not be hashable.
+    is_known = isinstance(kind, str) and kind in ("default", *_REQUIRED)
+    known = (*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ())) if is_known else ()
+    if not is_known or set(given) - set(known):
         raise ValueError(f"{name} {dict(published)!r} is not supported")
     if kind == "default":
         return None

@@ -76,12 +76,15 @@ def test_one_end_several_or_none(published_ids, ids):
         ("model_type", None),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
+        ("architectures", 5),
+        ("is_causal", False),
         ("rope_scaling", {"rope_type": "proportional", "factor": 8.0}),
         ("rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": [1]}),
         ("rope_scaling", {"type": "linear", "factor": 2.0, "extra": 1}),
         ("rope_scaling", {"type": "yarn", "factor": 2.0, "mscale": 1.0}),
         ("rope_scaling", {"rope_type": "default", "factor": 2.0}),
         ("rope_scaling", "linear"),
+        ("rope_scaling", {"rope_type": ["linear"], "factor": 2.0}),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
         ("attention_dropout", 0.1),
         ("hidden_act", "gelu"),
@@ -108,6 +111,8 @@ def test_an_option_that_is_not_supported_is_named(name, value):
         ("vocab_size", 0),
         ("vocab_size", "97"),
         ("hidden_size", 48.0),
+        ("hidden_size", 10**400),
+        ("head_dim", 2**31),
         ("num_hidden_layers", -1),
         ("num_attention_heads", True),
         ("num_attention_heads", 0),
@@ -187,6 +192,11 @@ SAID = {
             **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
         },
     },
+    "Vicuna 1.5": {
+        **{"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32},
+        **{"max_sequence_length": 16384, "max_position_embeddings": 4096},
+        "rope_scaling": {"factor": 4.0, "type": "linear"},
+    },
     "SmolLM2": {
         **{"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9},
         **{"num_key_value_heads": 3, "is_llama_config": True, "rope_interleaved": False},
@@ -215,6 +225,8 @@ SAID = {
         **{"num_key_value_heads": 4, "sliding_window": 4096, "head_dim": 256},
         **{"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
         **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+        # The larger ones say it twice.
+        "sliding_window_size": 4096,
     },
     "Gemma 3": {
         **{"model_type": "gemma3_text", "hidden_size": 1152, "num_attention_heads": 4},
@@ -226,6 +238,15 @@ SAID = {
         **{"model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 32},
         **{"num_key_value_heads": 32, "sliding_window": 262144, "auto_map": {"A": "b"}},
         **{"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False},
+        **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
+        "rope_scaling": {
+            **{"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
+        },
+    },
+    "Phi-4 mini": {
+        **{"model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 24},
+        **{"num_key_value_heads": 8, "sliding_window": 262144, "lm_head_bias": False},
+        **{"full_attn_mod": 1, "interpolate_factor": 1, "partial_rotary_factor": 0.75},
         **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
         "rope_scaling": {
             **{"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
@@ -270,6 +291,36 @@ def test_windows_are_where_each_family_has_them():
     assert windows("Gemma 3") == ([512] * 5 + [None]) * 2
     types = ["full_attention"] * 3 + ["sliding_attention"]
     assert windows("Gemma 2", layer_types=types) == [None, None, None, 4096]
+    all_alike = ["sliding_attention"] * 4
+    assert windows("Mistral 7B v0.1", layer_types=all_alike) == [4096] * 4
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    (
+        # Others take a window for all layers of these, whatever the list says.
+        ("Mistral 7B v0.1", {"layer_types": ["full_attention"] * 4}),
+        (
+            "Phi 3.5",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        ),
+        ("Gemma 2", {"sliding_window_size": 2048}),
+        ("Phi-4 mini", {"full_attn_mod": 2}),
+        ("Phi-4 mini", {"interpolate_factor": 2}),
+        ("Phi-4 mini", {"lm_head_bias": True}),
+    ),
+)
+def test_what_a_family_does_not_compute_is_named(name, change):
+    (key,) = change
+    with pytest.raises(ValueError, match=f"{key} .* is not supported"):
+        DecoderConfig.from_dict({**SIZES, **SAID[name], **change})
+
+
+@pytest.mark.parametrize("value", ("21", -1, 1.5))
+def test_max_window_layers_that_makes_no_sense_is_named(value):
+    used = {"use_sliding_window": True, "max_window_layers": value}
+    with pytest.raises(ValueError, match="max_window_layers must be"):
+        DecoderConfig.from_dict({**SIZES, **SAID["Qwen2.5"], **used})
 
 
 def test_each_family_computes_what_sets_it_apart():
