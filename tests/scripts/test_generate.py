@@ -160,6 +160,20 @@ def test_a_prompt_of_one_token_leaves_nothing_to_prefill(report, model_without_b
     assert made["num_new_tokens"] > 0
 
 
+def test_a_first_token_that_the_tokenizer_does_not_put_is_not_put(
+    report, model_dir, tmp_path
+):
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
+    without = {**tokenizer, "post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(without))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["bos_token_id"] is not None
+    made = report(*prompts("a"), "--model", str(tmp_path))
+    assert made["num_prompt_tokens"] == 1
+
+
 def test_a_prompt_without_tokens_is_refused(generate, capsys, model_without_bos):
     with pytest.raises(SystemExit) as error:
         generate(*prompts("a", " "), "--model", model_without_bos)
