@@ -343,6 +343,8 @@ def test_a_turn_for_which_there_is_no_room_is_refused(capsys, chat, chat_dir):
     [
         ("{{ raise_exception('no users') }}", "the chat template fails: no users"),
         ("{% if %}", "chat_template.jinja: not a chat template"),
+        ("{{ '\\ud800' }}", "the chat template fails: 'utf-8' codec"),
+        ("", "the chat template and the tokenizer leave nothing of this turn"),
     ],
 )
 def test_a_template_that_fails_is_refused(capsys, chat, changed, template, says):
