@@ -139,17 +139,14 @@ def test_the_json_adds_up(report):
 
 @pytest.fixture
 def model_without_bos(model_dir, tmp_path):
-    """As `model_dir`, but nothing is put before a prompt, and blanks around it go."""
+    """As `model_dir`, but its tokenizer puts nothing before a prompt, whatever first token
+    the configuration names, and blanks around a prompt go."""
     for file in model_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
-    changes = {
-        "config.json": {"bos_token_id": None},
-        "tokenizer.json": {"post_processor": None, "normalizer": strip},
-    }
-    for name, change in changes.items():
-        file = tmp_path / name
-        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    file = tmp_path / "tokenizer.json"
+    change = {"post_processor": None, "normalizer": strip}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     return str(tmp_path)
 
 
@@ -158,20 +155,6 @@ def test_a_prompt_of_one_token_leaves_nothing_to_prefill(report, model_without_b
     assert made["num_prompt_tokens"] == 1
     assert made["prefill_tokens_per_second"] is None
     assert made["num_new_tokens"] > 0
-
-
-def test_a_first_token_that_the_tokenizer_does_not_put_is_not_put(
-    report, model_dir, tmp_path
-):
-    for file in model_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
-    without = {**tokenizer, "post_processor": None}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(without))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["bos_token_id"] is not None
-    made = report(*prompts("a"), "--model", str(tmp_path))
-    assert made["num_prompt_tokens"] == 1
 
 
 def test_a_prompt_without_tokens_is_refused(generate, capsys, model_without_bos):
