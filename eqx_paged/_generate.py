@@ -254,25 +254,30 @@ def _run(
         return sample(rows, hidden, batch, rows.running & _is_well(rows))
 
     num_seqs, max_prompt_len = prompts.shape
+    # A prompt of one token is read as a row's last token is. What a program never does is
+    # not compiled: each loop holds the whole model.
+    only_decodes = max_prompt_len == 1 and max_new_tokens > 0
     zeros = jnp.zeros(num_seqs, jnp.int32)
     rows = _Rows(
         cache=cache,
         num_read=zeros,
         tokens=jnp.zeros((num_seqs, max_new_tokens), jnp.int32),
         lengths=zeros,
-        last=zeros,
-        running=jnp.zeros(num_seqs, bool),
+        last=prompts[:, 0],
+        running=(prompt_lens > 0) & only_decodes,
         step=jnp.array(0, jnp.int32),
         result=_result_of_prompts(cache, max_prompt_len, prompt_lens),
     )
-    rows = jax.lax.while_loop(
-        lambda rows: _is_well(rows) & jnp.any(rows.num_read < prompt_lens),
-        prefill,
-        rows,
-    )
-    rows = jax.lax.while_loop(
-        lambda rows: _is_well(rows) & jnp.any(rows.running), decode, rows
-    )
+    if not only_decodes:
+        rows = jax.lax.while_loop(
+            lambda rows: _is_well(rows) & jnp.any(rows.num_read < prompt_lens),
+            prefill,
+            rows,
+        )
+    if only_decodes or max_new_tokens > 1:
+        rows = jax.lax.while_loop(
+            lambda rows: _is_well(rows) & jnp.any(rows.running), decode, rows
+        )
     return rows.tokens, rows.lengths, rows.result, rows.cache
 
 

@@ -26,6 +26,7 @@ from ._output import (
     Stream,
     summary_of,
 )
+from ._programs import keep_programs
 from ._text import Codec
 
 
@@ -191,6 +192,7 @@ def _silence_stdout() -> None:
 
 
 if __name__ == "__main__":
+    keep_programs()
     _ready_streams()
     try:
         main()
