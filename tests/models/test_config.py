@@ -305,6 +305,8 @@ def test_windows_are_where_each_family_has_them():
             {"layer_types": ["full_attention", "sliding_attention"] * 2},
         ),
         ("Gemma 2", {"sliding_window_size": 2048}),
+        # Others have the key, and compute nothing with it.
+        ("Gemma 3", {"attn_logit_softcapping": 50.0}),
         ("Phi-4 mini", {"full_attn_mod": 2}),
         ("Phi-4 mini", {"interpolate_factor": 2}),
         ("Phi-4 mini", {"lm_head_bias": True}),
