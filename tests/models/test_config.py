@@ -318,6 +318,12 @@ def test_what_a_family_does_not_compute_is_named(name, change):
         DecoderConfig.from_dict({**SIZES, **SAID[name], **change})
 
 
+def test_an_original_length_of_one_is_named():
+    with pytest.raises(ValueError, match="original_max_position_embeddings must be"):
+        changes = {"original_max_position_embeddings": 1}
+        DecoderConfig.from_dict({**SIZES, **SAID["Phi 3.5"], **changes})
+
+
 @pytest.mark.parametrize("value", ("21", -1, 1.5))
 def test_max_window_layers_that_makes_no_sense_is_named(value):
     used = {"use_sliding_window": True, "max_window_layers": value}
