@@ -117,6 +117,16 @@ class DecoderConfig:
         """How many channels of a head are turned."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def short_len(self) -> int | None:
+        """The most tokens of room in a cache for which positions are turned by the short
+        factors of `longrope`; None without such a scaling.
+        """
+        scaling = self.rope_scaling
+        if not isinstance(scaling, LongScaling):
+            return None
+        return scaling.original_max_position_embeddings
+
     def window(self, layer: int) -> int | None:
         """How many tokens a layer sees, None for all."""
         is_full = not self.layer_types or self.layer_types[layer] == FULL

@@ -32,14 +32,14 @@ _USUAL = {
 _NULLABLE = {name for name, value in _USUAL.items() if value is None}
 _AS_THEY_ARE = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
 # The options that are off at another value than false or 0.
-_NEUTRAL = {"pretraining_tp": 1}
+_NEUTRAL = {"is_causal": True, "pretraining_tp": 1}
 _HARMLESS = {
     *("model_type", "transformers_version", "_name_or_path", "auto_map"),
     *("torch_dtype", "dtype", "use_cache", "initializer_range", "pad_token_id"),
     *("cache_implementation", "output_attentions", "output_hidden_states"),
     *("return_dict", "is_llama_config", "transformers.js_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
-    *("unsloth_fixed", "unsloth_version"),
+    *("unsloth_fixed", "unsloth_version", "max_sequence_length"),
 }
 # Read here or by `_check_supported`, in any family.
 _READ = {
@@ -231,7 +231,7 @@ def _usual_types(said: Mapping[str, Any], family: Family) -> list[str]:
         every = next((said[key] for key in _PATTERN if key in said), family.windows)
         check_size("sliding_window_pattern", every)
         return [FULL if (i + 1) % every == 0 else WINDOW for i in range(num_layers)]
-    return []
+    return [FULL] * num_layers
 
 
 def _publish_windows(options: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -274,9 +274,10 @@ def _build(kind: str, given: dict[str, Any], max_position_embeddings: int) -> Sc
         sharper = 1 + 0.1 * math.log(max(given["factor"], 1.0))
         given.setdefault("attention_factor", sharper)
         return YarnScaling(**given, original_max_position_embeddings=original)
-    longer = given.pop("factor", max_position_embeddings / original)
     if original == 1:
+        # By its logarithm the logits' factor is divided.
         refuse("original_max_position_embeddings", original, "more than 1")
+    longer = given.pop("factor", max_position_embeddings / original)
     given.setdefault("attention_factor", _long_attention_factor(longer, original))
     given |= {key: tuple(map(float, given[key])) for key in _REQUIRED[kind]}
     return LongScaling(**given, original_max_position_embeddings=original)

@@ -135,6 +135,8 @@ def _prompted(
 ) -> Conversation:
     try:
         prompted = conversation.prompt(template, codec)
+        if not prompted.tokens:
+            refuse("the chat template and the tokenizer leave nothing of this turn")
         codec.check(prompted.tokens)
     except ValueError as error:
         refuse(str(error))

@@ -25,7 +25,10 @@ class Codec:
     stops: tuple[str, ...] = ()
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """The prompt's tokens, with those that the tokenizer puts before a text."""
+        """The prompt's tokens, and those that the tokenizer puts around every text.
+
+        Those alone: a configuration may name a first token that no text begins with.
+        """
         return tuple(self.tokenizer.encode(prompt).ids)
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:

@@ -76,7 +76,8 @@ def test_one_end_several_or_none(published_ids, ids):
         ("model_type", None),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
-        ("architectures", 3),
+        ("architectures", 5),
+        ("is_causal", False),
         ("rope_scaling", {"rope_type": "proportional", "factor": 8.0}),
         ("rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": [1]}),
         ("rope_scaling", {"type": "linear", "factor": 2.0, "extra": 1}),
@@ -84,6 +85,7 @@ def test_one_end_several_or_none(published_ids, ids):
         ("rope_scaling", {"rope_type": "default", "factor": 2.0}),
         ("rope_scaling", {"rope_type": ["yarn"], "factor": 2.0}),
         ("rope_scaling", "linear"),
+        ("rope_scaling", {"rope_type": ["linear"], "factor": 2.0}),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
         ("attention_dropout", 0.1),
         ("hidden_act", "gelu"),
@@ -111,6 +113,8 @@ def test_an_option_that_is_not_supported_is_named(name, value):
         ("vocab_size", 0),
         ("vocab_size", "97"),
         ("hidden_size", 48.0),
+        ("hidden_size", 10**400),
+        ("head_dim", 2**31),
         ("num_hidden_layers", -1),
         ("num_attention_heads", True),
         ("num_attention_heads", 0),
@@ -191,6 +195,11 @@ SAID = {
             **{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
             **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
         },
+    },
+    "Vicuna 1.5": {
+        **{"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32},
+        **{"max_sequence_length": 16384, "max_position_embeddings": 4096},
+        "rope_scaling": {"factor": 4.0, "type": "linear"},
     },
     "SmolLM2": {
         **{"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9},
@@ -287,6 +296,44 @@ def test_windows_are_where_each_family_has_them():
     assert windows("Gemma 3") == ([512] * 5 + [None]) * 2
     types = ["full_attention"] * 3 + ["sliding_attention"]
     assert windows("Gemma 2", layer_types=types) == [None, None, None, 4096]
+    all_alike = ["sliding_attention"] * 4
+    assert windows("Mistral 7B v0.1", layer_types=all_alike) == [4096] * 4
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    (
+        # Others take a window for all layers of these, whatever the list says.
+        ("Mistral 7B v0.1", {"layer_types": ["full_attention"] * 4}),
+        (
+            "Phi 3.5",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        ),
+        ("Gemma 2", {"sliding_window_size": 2048}),
+        # Others have the key, and compute nothing with it.
+        ("Gemma 3", {"attn_logit_softcapping": 50.0}),
+        ("Phi 4 mini", {"full_attn_mod": 2}),
+        ("Phi 4 mini", {"interpolate_factor": 2}),
+        ("Phi 4 mini", {"lm_head_bias": True}),
+    ),
+)
+def test_what_a_family_does_not_compute_is_named(name, change):
+    (key,) = change
+    with pytest.raises(ValueError, match=f"{key} .* is not supported"):
+        DecoderConfig.from_dict({**SIZES, **SAID[name], **change})
+
+
+def test_an_original_length_of_one_is_named():
+    with pytest.raises(ValueError, match="original_max_position_embeddings must be"):
+        changes = {"original_max_position_embeddings": 1}
+        DecoderConfig.from_dict({**SIZES, **SAID["Phi 3.5"], **changes})
+
+
+@pytest.mark.parametrize("value", ("21", -1, 1.5))
+def test_max_window_layers_that_makes_no_sense_is_named(value):
+    used = {"use_sliding_window": True, "max_window_layers": value}
+    with pytest.raises(ValueError, match="max_window_layers must be"):
+        DecoderConfig.from_dict({**SIZES, **SAID["Qwen2.5"], **used})
 
 
 def test_layer_types_that_a_family_does_not_look_at_are_refused():

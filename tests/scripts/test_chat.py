@@ -289,6 +289,35 @@ def test_a_stop_text_ends_an_answer(results, chat_dir, answer_from_scratch):
     assert second["tokens"] == answer_from_scratch(prompt, 6)[: len(second["tokens"])]
 
 
+@pytest.mark.parametrize("stream", ((), ("--stream",)), ids=("bursts", "stream"))
+def test_room_that_is_made_in_vain_does_not_choose_the_long_factors(
+    results, chat_dir, tmp_path, stream
+):
+    import models
+
+    for file in chat_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((chat_dir / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 4 * i for i in range(8)]}
+    changes = {
+        **{"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]},
+        **{"max_position_embeddings": 384, "original_max_position_embeddings": 96},
+        **{"rope_parameters": None, "rope_scaling": {"type": "longrope", **factors}},
+    }
+    config = models.DecoderConfig.from_dict({**config, **changes})
+    model = _random(models.Decoder, config)
+    models.save_checkpoint(model, tmp_path)
+    made = results(tmp_path, TURNS[:1], "--max-len", "96", *stream)
+    tokens = rendered(made, 0)
+    forward = quick_jit(lambda tokens: model.unembed(model.dense(tokens)[0]))
+    for token in made[0]["tokens"]:
+        # As long as short rows may be.
+        padded = np.zeros((1, 96), np.int32)
+        padded[0, : len(tokens)] = tokens
+        assert token == int(jnp.argmax(forward(padded)[len(tokens) - 1]))
+        tokens.append(token)
+
+
 def test_the_pages_at_the_end_hold_the_conversation_but_its_last_token(chat, chat_dir):
     made = json.loads(chat(chat_dir, TURNS, "--json").out)
     last = made["results"][-1]
@@ -344,6 +373,8 @@ def test_a_turn_for_which_there_is_no_room_is_refused(capsys, chat, chat_dir):
     [
         ("{{ raise_exception('no users') }}", "the chat template fails: no users"),
         ("{% if %}", "chat_template.jinja: not a chat template"),
+        ("{{ '\\ud800' }}", "the chat template fails: 'utf-8' codec"),
+        ("", "the chat template and the tokenizer leave nothing of this turn"),
     ],
 )
 def test_a_template_that_fails_is_refused(capsys, chat, changed, template, says):

@@ -139,12 +139,13 @@ def test_the_json_adds_up(report):
 
 @pytest.fixture
 def model_without_bos(model_dir, tmp_path):
-    """As `model_dir`, but the tokenizer puts nothing before a prompt, and strips it."""
+    """As `model_dir`, but its tokenizer puts nothing before a prompt, whatever first token
+    the configuration names, and blanks around a prompt go."""
     for file in model_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
-    change = {"post_processor": None, "normalizer": strip}
     file = tmp_path / "tokenizer.json"
+    change = {"post_processor": None, "normalizer": strip}
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     return str(tmp_path)
 
