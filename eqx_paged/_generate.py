@@ -90,21 +90,27 @@ def generate(
 ) -> tuple[Generation, Cache]:
     """Continues prompts, each until a stop token or `max_new_tokens`.
 
-    One compiled program: the prompts are read in chunks, and then a loop makes a token a
-    row and turn until every row is done. A row that is done only keeps its slot. Prompts,
-    their lengths and number, and the stop tokens are data; a program is compiled for each
-    `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, number of stop tokens, sampler,
-    kind of cache, and with and without a key.
+    One compiled program: the prompts are read in chunks, beside rows that have been read
+    and go on, and then a loop makes a token a row and turn. Prompts, their lengths and the
+    stop tokens are data; a program is compiled for each `max_prompt_len`,
+    `max_new_tokens`, `prefill_chunk`, number of stop tokens, sampler, kind of cache, with
+    and without a key, and for each number of prompts beyond the cache's rows.
 
-    Prompt `i` extends row `i`, whatever the row holds: a second turn of a conversation
-    gives its own text only, which begins with the last token of the first turn's answer.
+    With at most as many prompts as rows, prompt `i` extends row `i`, whatever the row
+    holds: a second turn of a conversation gives its own text only, which begins with the
+    last token of the first turn's answer. A row that is done only keeps its slot.
+
+    More prompts go through the rows in turn, in order, each waiting for a row and for
+    pages to read it into; a row that is done is freed for the next. Where rows that go on
+    need a page and there is none, the youngest is put back: its pages are freed, its
+    tokens kept and read again later. What is made of a prompt is the same in any case.
 
     **Arguments:**
 
     - `model`: called as `model(tokens, cache, batch) -> (hidden, cache)`, with an `unembed`
         method from hidden states to logits. Any PyTree.
-    - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][] with at
-        least as many rows as there are prompts.
+    - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][], empty if
+        it has fewer rows than there are prompts.
     - `prompts`: padded with any int32.
     - `prompt_lens`: the tokens of each prompt; one of length 0 leaves its row idle.
     - `max_new_tokens`: the most tokens to make a prompt. 0 only reads the prompts.
@@ -113,13 +119,15 @@ def generate(
         one, an equal lambda included, compiles again.
     - `key`: for the sampler, split for each step that makes tokens. May be None if the
         sampler needs none.
-    - `prefill_chunk`: how many prompt tokens to read a step, of all prompts together.
+    - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
+        all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
 
     **Returns:**
 
     The [`eqx_paged.Generation`][] and the cache. Each row holds its prompt and all new
-    tokens but the last, whose key and value were not needed.
+    tokens but the last, whose key and value were not needed; if the prompts went in turn,
+    it is empty.
 
     **Raises:**
 

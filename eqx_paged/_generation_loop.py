@@ -253,7 +253,7 @@ def _admissible(state, plan):
         # Rows that are being read have yet to take theirs, and each may soon need one
         # more: a prompt that had to be put back at once would be read for nothing.
         in_rows = known.at[state.prompt].get(mode="fill", fill_value=0)
-        promised = _num_pages(state.cache, in_rows) + active
+        promised = _num_pages(state.cache, in_rows) + active.astype(jnp.int32)
         promised -= _num_pages(state.cache, state.cache.kv_lens)
         num_free = state.cache.table.num_free_pages - jnp.sum(promised, dtype=jnp.int32)
         fits &= jnp.cumsum(needed, dtype=jnp.int32) <= num_free
