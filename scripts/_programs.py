@@ -13,7 +13,7 @@ MIN_COMPILE_SECONDS = 0.2
 def keep_programs() -> None:
     """Lets this process find the programs that earlier ones compiled, in
     `~/.cache/eqx_paged/programs`, unless JAX has been told where to keep them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(root) / "eqx_paged" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
