@@ -67,8 +67,8 @@ class GPUCase:
     @property
     def architectures(self) -> tuple[str, ...]:
         """Those that have the instructions: only the later converts float8. For the earlier
-        two page sizes and one group stand for all."""
-        stands = self.page_size <= 64 and self.group == 4
+        one page size and group stand for all."""
+        stands = self.page_size == 16 and self.group == 4
         if self.backend == "triton" and self.dtype != "fp8" and stands:
             return tuple(TARGETS)
         return ("sm_90a",)

@@ -46,7 +46,8 @@ class GPUKernel:
     def fetches_apart(self) -> bool:
         """Whether some loops copy tiles to shared memory and others multiply them, none
         both, so that neither waits for the other's to be done."""
-        fetching = {loop for loop in self._loops if "cp.async.bulk.tensor" in loop}
+        copies = r"cp\.async\.bulk\.tensor\S*\.shared::cluster"
+        fetching = {loop for loop in self._loops if re.search(copies, loop)}
         multiplying = {loop for loop in self._loops if "wgmma.mma_async" in loop}
         return bool(fetching and multiplying) and fetching.isdisjoint(multiplying)
 
@@ -57,15 +58,19 @@ class GPUKernel:
 
     @property
     def _loops(self) -> list[str]:
-        """The code of its loops, that of loops within one included."""
-        lines, labels, loops = self.ptx.splitlines(), {}, []
+        """The code of its innermost loops."""
+        lines, labels, spans = self.ptx.splitlines(), {}, []
         for i, line in enumerate(lines):
             if label := re.match(r"(\$\w+):", line):
                 labels[label[1]] = i
             branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
             if branch and branch[1] in labels:
-                loops.append("\n".join(lines[labels[branch[1]] : i]))
-        return loops
+                spans.append(range(labels[branch[1]], i))
+        # One that jumps back to what comes before other loops need not be a loop at all.
+        inner = [
+            x for x in spans if not any(y[0] in x and y[-1] in x for y in spans if y != x)
+        ]
+        return ["\n".join(lines[x.start : x.stop]) for x in inner]
 
 
 def kernels_in(

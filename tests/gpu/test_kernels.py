@@ -1,9 +1,13 @@
 """Every GPU kernel compiles for the GPUs it is for, and keeps within their registers."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import pytest
 from scripts._gpu_budgets import complaint, read_budgets
-from scripts._gpu_cases import CASES
-from scripts._gpu_compile import versions
+from scripts._gpu_cases import CASES, GPUCase
+from scripts._gpu_compile import compile_for, versions
 from scripts._gpu_targets import TARGETS
 
 
@@ -36,3 +40,28 @@ def test_a_kernel_spills_nothing_and_keeps_within_its_budget(case, architecture,
     if case.startswith("mosaic"):
         assert report.uses_wgmma
         assert report.fetches_apart
+
+
+def assert_nothing_is_spilled(case, *args, **options):
+    function = functools.partial(case.function, **options)
+    kernels = compile_for("sm_90a", function, args).kernels
+    assert any(x.name.startswith("ragged_paged_attention") for x in kernels)
+    assert [x.name for x in kernels if x.spill_bytes] == []
+
+
+@pytest.mark.parametrize(
+    "page_size, sliding_window", ((8, None), (32, None), (8, 999), (16, 999), (32, 999))
+)
+def test_a_large_head_spills_nothing_on_any_page_or_under_a_window(
+    page_size, sliding_window
+):
+    case = GPUCase("mosaic", "mixed", 256, page_size, 4, "bf16")
+    assert_nothing_is_spilled(case, *case.args, sliding_window=sliding_window)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_float32_queries_on_bfloat16_pages_spill_nothing(head_dim):
+    case = GPUCase("triton", "mixed", head_dim, 16, 4, "bf16")
+    q, *args = case.args
+    q = jax.ShapeDtypeStruct(q.shape, jnp.dtype(jnp.float32))
+    assert_nothing_is_spilled(case, q, *args)

@@ -110,9 +110,7 @@ class Sizes(NamedTuple):
         return 64 if self.head_dim == 256 else self.head_dim
 
 
-def sizes_of(
-    q: Array, k_pages: Array, config: MosaicGPUConfig, *, windowed: bool
-) -> Sizes:
+def sizes_of(q: Array, k_pages: Array, config: MosaicGPUConfig, *, windowed: bool) -> Sizes:
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_pages.shape[1]
     group = num_heads // num_kv_heads
