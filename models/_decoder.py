@@ -19,7 +19,16 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from ._config import DecoderConfig
 from ._dense import causal_attention
-from ._layers import Embedding, Linear, RMSNorm, Rotary, SelfAttention, State, SwiGLU
+from ._layers import (
+    Embedding,
+    Linear,
+    multiply,
+    RMSNorm,
+    Rotary,
+    SelfAttention,
+    State,
+    SwiGLU,
+)
 
 
 class DecoderLayer(eqx.Module):
@@ -187,5 +196,5 @@ class Decoder(eqx.Module):
         The logits, in the decoder's dtype.
         """
         if self.lm_head is None:
-            return hidden @ self.embed_tokens.weight.T
+            return multiply(hidden, self.embed_tokens.weight)
         return self.lm_head(hidden)
