@@ -67,8 +67,9 @@ class GPUCase:
     @property
     def architectures(self) -> tuple[str, ...]:
         """Those that have the instructions: only the later converts float8. For the earlier
-        one page size and group stand for all."""
-        stands = self.page_size == 16 and self.group == 4
+        one group and page size, of decode two, stand for all."""
+        sizes = (16, 64) if self.operation == "decode" else (16,)
+        stands = self.page_size in sizes and self.group == 4
         if self.backend == "triton" and self.dtype != "fp8" and stands:
             return tuple(TARGETS)
         return ("sm_90a",)
