@@ -319,10 +319,12 @@ def add_block(
 
 
 def _keep(first, end, block, shape):
-    """Bounds of each row are moved, since positions of all columns take more registers."""
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    if first is None:
+        return column + block < by_row(end, shape)
+    # Bounds of each row are moved, since two comparisons take more registers.
     kept = column < by_row(end - block, shape)
-    return kept if first is None else kept & (column >= by_row(first - block, shape))
+    return kept & (column >= by_row(first - block, shape))
 
 
 def _product(a: Any, b: Any) -> jax.Array:
