@@ -13,7 +13,7 @@ PYTEST := $(RUN) -m pytest -n $(WORKERS)
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help setup demo test test-slow test-all test-gpu-aot gpu-aot lint bench docs
-.PHONY: check-python
+.PHONY: test-peers peers check-python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,13 +26,13 @@ demo: setup-models ## questions to the embedded model, answered through the page
 	@$(RUN) -m scripts.demo
 
 test: setup-test ## the tests, without the slow ones
-	$(PYTEST) -m "not slow and not gpu_aot"
+	$(PYTEST) -m "not slow and not gpu_aot and not peers"
 
 test-slow: setup-test ## only the slow tests
 	$(PYTEST) -m slow
 
 test-all: setup-test ## every test
-	$(PYTEST) -m "not gpu_aot"
+	$(PYTEST) -m "not gpu_aot and not peers"
 
 # JAX's CUDA plugin of the version that the budgets are of is not made for older Pythons,
 # and what another version compiles to is not compared with them.
@@ -46,6 +46,12 @@ test-gpu-aot: ## compile the GPU kernels, without a GPU (needs Python 3.12)
 
 gpu-aot: setup-gpu-aot
 	$(PYTEST) -m gpu_aot tests/gpu
+
+test-peers: ## compare with transformers, which is installed for it
+	@$(MAKE) --no-print-directory peers VENV=.venv-peers
+
+peers: setup-peers
+	$(PYTEST) -m peers tests/peers
 
 lint: setup-dev ## formatting, style and types
 	$(RUN) -m ruff format --check .

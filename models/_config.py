@@ -4,37 +4,37 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-
-# Options that would change what is computed and that the decoder does not have, each
-# with the one value that means "not used".
-_UNSUPPORTED = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-    "rope_scaling": None,
-    "sliding_window": None,
-}
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+from ._checks import (
+    check_bool,
+    check_choice,
+    check_positive,
+    check_size,
+    check_token,
+    refuse,
 )
-_OTHER_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+from ._families import family_of
+from ._published import FULL, publish, read, REQUIRED, WINDOW
+from ._rope import DynamicScaling, LongScaling, Scaling
+
+
+_SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_POSITIVE = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+_POSITIVE_OR_NONE = (
+    *("rope_local_base_freq", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+_FLAGS = (
+    *("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "scale_embeddings"),
+    "attention_sinks",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes and constants of a Llama decoder, under their published names.
+    """What a decoder computes, under the published names where there are such.
 
     **Arguments:**
 
@@ -51,6 +51,29 @@ class DecoderConfig:
     - `tie_word_embeddings`: whether the embedding is also the output matrix.
     - `bos_token_id`: the token that every text begins with, if there is one.
     - `eos_token_id`: the tokens that end a text, possibly none.
+    - `model_type`: the family, which decides how a checkpoint is laid out.
+    - `rope_scaling`: how rotary positions are scaled for long contexts, if they are.
+    - `rope_local_base_freq`: the base for layers with a window, which are not scaled
+        then; `rope_theta`, scaled, if None.
+    - `partial_rotary_factor`: the part of each head that is turned.
+    - `layer_types`: `"full_attention"` or `"sliding_attention"` for each layer; empty if
+        all are full.
+    - `sliding_window`: how many tokens a `"sliding_attention"` layer sees, the query's
+        own included.
+    - `hidden_act`: the activation, `"silu"` or `"gelu_pytorch_tanh"`.
+    - `qkv_bias`, `o_bias`, `mlp_bias`: which projections have a bias.
+    - `norms`: whether a block's input is normalised (`"pre"`), its output (`"post"`) or
+        both (`"both"`).
+    - `norm_offset`: added to the stored weights of the norms.
+    - `qk_norm`: whether queries and keys are normalised, each head by itself (`"head"`)
+        or all heads together (`"projection"`).
+    - `scale_embeddings`: whether embeddings are multiplied by the root of `hidden_size`.
+    - `query_pre_attn_scalar`: attention logits are divided by its root; `head_dim` if
+        None.
+    - `attn_logit_softcapping`, `final_logit_softcapping`: `c * tanh(x / c)` on the logits
+        of attention, and on those of the tokens.
+    - `attention_sinks`: whether each head has a logit that joins the softmax denominator
+        only. No family that can be loaded has it.
     """
 
     vocab_size: int
@@ -66,9 +89,37 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: tuple[int, ...] = (2,)
+    model_type: str = "llama"
+    rope_scaling: Scaling | None = None
+    rope_local_base_freq: float | None = None
+    partial_rotary_factor: float = 1.0
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    norms: str = "pre"
+    norm_offset: float = 0.0
+    qk_norm: str | None = None
+    scale_embeddings: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    attention_sinks: bool = False
 
     def __post_init__(self):
-        _check(dataclasses.asdict(self))
+        _check({field.name: getattr(self, field.name) for field in _fields(self)})
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are turned."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer sees, None for all."""
+        is_full = not self.layer_types or self.layer_types[layer] == FULL
+        return None if is_full else self.sliding_window
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> "DecoderConfig":
@@ -84,31 +135,11 @@ class DecoderConfig:
         The configuration. A `ValueError` names a missing key, a value that makes no
         sense, or an option that the decoder does not have.
         """
-        _check_supported(published)
-        missing = [key for key in _REQUIRED if published.get(key) is None]
-        if missing:
-            raise ValueError(f"missing {', '.join(missing)}")
-        defaults = {
-            field.name: field.default
-            for field in dataclasses.fields(cls)
-            if field.default is not dataclasses.MISSING
-        }
-        options = defaults | {
-            field.name: published[field.name]
-            for field in dataclasses.fields(cls)
-            if published.get(field.name) is not None
-        }
-        for name in _REQUIRED:
-            _check_size(name, options[name])
-        heads = options["num_attention_heads"]
-        options.setdefault("num_key_value_heads", heads)
-        options.setdefault("head_dim", options["hidden_size"] // heads)
-        options["rope_theta"] = _rope_theta(published)
-        # Here null says that there is none, not that the default is meant.
-        options["bos_token_id"] = published.get("bos_token_id", 1)
-        options["eos_token_id"] = _token_ids(published.get("eos_token_id", 2))
-        _check(options)
-        return cls(**{**options, "rms_norm_eps": float(options["rms_norm_eps"])})
+        options = read(published)
+        _check({**_DEFAULTS, **options})
+        numbers = ("rms_norm_eps", *_POSITIVE_OR_NONE)
+        exact = {name: float(options[name]) for name in numbers if options.get(name)}
+        return cls(**{**options, **exact})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "DecoderConfig":
@@ -139,34 +170,44 @@ class DecoderConfig:
 
         **Returns:**
 
-        What `from_dict` reads, and what names the architecture.
+        What `from_dict` reads, and what names the architecture. A `ValueError` if the
+        family has no way to say it.
         """
-        options = dataclasses.asdict(self)
-        eos = list(self.eos_token_id)
-        # Programs that predate lists of ends expect a lone number.
-        options["eos_token_id"] = eos[0] if len(eos) == 1 else (eos or None)
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **options,
-            # The same base under its older name, `rope_theta`, is among the options.
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "hidden_act": "silu",
-            "mlp_bias": False,
-        }
+        options = {field.name: getattr(self, field.name) for field in _fields(self)}
+        published = publish(options, self.rope_scaling)
+        told = DecoderConfig.from_dict(published)
+        lost = [name for name in options if getattr(told, name) != options[name]]
+        if lost:
+            raise ValueError(f"{self.model_type!r} has no way to say {', '.join(lost)}")
+        return published
+
+
+def _fields(config: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(config)
+
+
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(DecoderConfig)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    for name in (*_REQUIRED, *_OTHER_SIZES):
-        _check_size(name, options[name])
-    for name in ("rms_norm_eps", "rope_theta"):
-        _check_positive(name, options[name])
-    if not isinstance(options["tie_word_embeddings"], bool):
-        _refuse("tie_word_embeddings", options["tie_word_embeddings"], "true or false")
-    if options["head_dim"] % 2 != 0:
-        _refuse("head_dim", options["head_dim"], "an even number")
+    family_of(options["model_type"])
+    for name in _SIZES:
+        check_size(name, options[name])
+    for name in _POSITIVE:
+        check_positive(name, options[name])
+    for name in _POSITIVE_OR_NONE:
+        if options[name] is not None:
+            check_positive(name, options[name])
+    for name in _FLAGS:
+        check_bool(name, options[name])
+    check_choice("hidden_act", options["hidden_act"], ("silu", "gelu_pytorch_tanh"))
+    check_choice("norms", options["norms"], ("pre", "post", "both"))
+    check_choice("norm_offset", options["norm_offset"], (0.0, 1.0))
+    check_choice("qk_norm", options["qk_norm"], (None, "head", "projection"))
     heads, kv_heads = options["num_attention_heads"], options["num_key_value_heads"]
     if heads % kv_heads != 0:
         raise ValueError(
@@ -174,69 +215,40 @@ def _check(options: Mapping[str, Any]) -> None:
         )
     bos, eos = options["bos_token_id"], options["eos_token_id"]
     if bos is not None:
-        _check_token("bos_token_id", bos, options["vocab_size"])
+        check_token("bos_token_id", bos, options["vocab_size"])
     for token in eos:
-        _check_token("eos_token_id", token, options["vocab_size"])
+        check_token("eos_token_id", token, options["vocab_size"])
+    _check_layer_types(options)
+    _check_rope(options)
 
 
-def _check_supported(published: Mapping[str, Any]) -> None:
-    model_type = published.get("model_type")
-    if model_type != "llama":
-        raise ValueError(f"model_type {model_type!r} is not supported (only 'llama')")
-    for name, neutral in _UNSUPPORTED.items():
-        value = published.get(name, neutral)
-        if value is not None and value != neutral and not _is_default_rope(value):
-            raise ValueError(f"{name} {value!r} is not supported")
+def _check_layer_types(options: Mapping[str, Any]) -> None:
+    types, num_layers = options["layer_types"], options["num_hidden_layers"]
+    if types and len(types) != num_layers:
+        refuse("layer_types", types, f"of length num_hidden_layers {num_layers}")
+    for kind in types:
+        check_choice("layer_types", kind, (FULL, WINDOW))
+    window = options["sliding_window"]
+    if window is not None:
+        check_size("sliding_window", window)
+    if (WINDOW in types) != (window is not None):
+        raise ValueError(f"sliding_window {window} contradicts layer_types {types}")
 
 
-def _is_default_rope(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    kind = value.get("rope_type", value.get("type", "default"))
-    return kind == "default" and set(value) <= {"rope_type", "type", "rope_theta"}
-
-
-def _rope_theta(published: Mapping[str, Any]) -> float:
-    """The base, which newer files keep in `rope_parameters` and older ones at the top."""
-    parameters = published.get("rope_parameters") or {}
-    if not _is_default_rope(parameters):
-        raise ValueError(f"rope_parameters {parameters!r} is not supported")
-    old, new = published.get("rope_theta"), parameters.get("rope_theta")
-    for theta in (old, new):
-        if theta is not None:
-            _check_positive("rope_theta", theta)
-    if old is not None and new is not None and old != new:
-        raise ValueError(f"rope_theta {old} contradicts rope_parameters.rope_theta {new}")
-    found = [theta for theta in (new, old) if theta is not None]
-    return float(found[0]) if found else DecoderConfig.rope_theta
-
-
-def _token_ids(published: Any) -> tuple[Any, ...]:
-    if published is None:
-        return ()
-    return tuple(published) if isinstance(published, list) else (published,)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_token(name: str, value: Any, vocab_size: int) -> None:
-    if not (_is_int(value) and 0 <= value < vocab_size):
-        _refuse(name, value, f"a token, 0 to {vocab_size - 1}")
-
-
-def _check_size(name: str, value: Any) -> None:
-    if not (_is_int(value) and value > 0):
-        _refuse(name, value, "a positive whole number")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    is_number = _is_int(value) or isinstance(value, float)
-    # Whole numbers may be too large to become a float.
-    if not (is_number and 0 < value <= sys.float_info.max):
-        _refuse(name, value, "a positive number in a float's range")
-
-
-def _refuse(name: str, value: Any, wanted: str) -> None:
-    raise ValueError(f"{name} must be {wanted}, not {value!r}")
+def _check_rope(options: Mapping[str, Any]) -> None:
+    head_dim, part = options["head_dim"], options["partial_rotary_factor"]
+    if head_dim % 2 != 0:
+        refuse("head_dim", head_dim, "an even number")
+    rotary_dim = int(head_dim * part)
+    if part > 1 or rotary_dim % 2 != 0 or rotary_dim == 0:
+        refuse("partial_rotary_factor", part, f"an even number of channels of {head_dim}")
+    scaling = options["rope_scaling"]
+    if isinstance(scaling, DynamicScaling) and rotary_dim == 2:
+        raise ValueError("rope_scaling of type 'dynamic' needs more than 2 channels")
+    if isinstance(scaling, LongScaling):
+        for name in ("short_factor", "long_factor"):
+            found = len(getattr(scaling, name))
+            if found != rotary_dim // 2:
+                raise ValueError(
+                    f"rope_scaling.{name} must have {rotary_dim // 2} values, not {found}"
+                )

@@ -1,7 +1,6 @@
-"""A Llama decoder over a paged cache."""
+"""The decoder of all families, over a paged cache."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,36 +20,46 @@ from ._config import DecoderConfig
 from ._dense import causal_attention
 from ._layers import (
     Embedding,
+    GatedMLP,
     Linear,
     multiply,
+    norm_of,
     RMSNorm,
     Rotary,
     SelfAttention,
     State,
-    SwiGLU,
 )
 
 
 class DecoderLayer(eqx.Module):
-    """Attention and a feed-forward block, each added to what it read."""
+    """Attention and a feed-forward block, each added to what it read, and each with a
+    norm of its input, of its output or of both.
+    """
 
-    input_layernorm: RMSNorm
+    pre_attention_norm: RMSNorm | None
     self_attn: SelfAttention
-    post_attention_layernorm: RMSNorm
-    mlp: SwiGLU
+    post_attention_norm: RMSNorm | None
+    pre_mlp_norm: RMSNorm | None
+    mlp: GatedMLP
+    post_mlp_norm: RMSNorm | None
 
     def __init__(self, config: DecoderConfig, *, key: PRNGKeyArray):
         """**Arguments:**
 
-        - `config`: the sizes.
+        - `config`: the sizes, and which norms there are.
         - `key`: where the random weights come from.
         """
         attention_key, mlp_key = jax.random.split(key)
-        norm = functools.partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        self.input_layernorm = norm()
+
+        def norm(*where: str) -> RMSNorm | None:
+            return norm_of(config, config.hidden_size) if config.norms in where else None
+
+        self.pre_attention_norm = norm("pre", "both")
         self.self_attn = SelfAttention(config, key=attention_key)
-        self.post_attention_layernorm = norm()
-        self.mlp = SwiGLU(config, key=mlp_key)
+        self.post_attention_norm = norm("post", "both")
+        self.pre_mlp_norm = norm("pre", "both")
+        self.mlp = GatedMLP(config, key=mlp_key)
+        self.post_mlp_norm = norm("post", "both")
 
     def __call__(
         self,
@@ -70,16 +79,15 @@ class DecoderLayer(eqx.Module):
 
         One vector a token, and what `attend` gave besides.
         """
-        out, state = self.self_attn(self.input_layernorm(x), rotary, attend)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), state
+        out, state = self.self_attn(_normed(self.pre_attention_norm, x), rotary, attend)
+        x = x + _normed(self.post_attention_norm, out)
+        out = self.mlp(_normed(self.pre_mlp_norm, x))
+        return x + _normed(self.post_mlp_norm, out), state
 
 
 class Decoder(eqx.Module):
-    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention
-    and SwiGLU.
-
-    The fields carry the names that tensors have in a published checkpoint.
+    """A decoder: RMSNorm, rotary positions, grouped-query attention and a gated
+    feed-forward block, in the variants that its configuration names.
     """
 
     embed_tokens: Embedding
@@ -98,11 +106,14 @@ class Decoder(eqx.Module):
     ):
         """**Arguments:**
 
-        - `config`: the sizes.
+        - `config`: the sizes, and what is computed.
         - `attention`: how the layers attend over a cache; `PagedAttention()` if None.
-            `RaggedAttention()` makes the decoder read a `RaggedKVCache`.
+            `RaggedAttention()` makes the decoder read a `RaggedKVCache`. Only its
+            `implementation` may be chosen: the rest is the configuration's.
         - `key`: where the random float32 weights come from.
         """
+        attention = PagedAttention() if attention is None else attention
+        _check_plain(attention)
         embed_key, head_key, *layer_keys = jax.random.split(
             key, 2 + config.num_hidden_layers
         )
@@ -111,13 +122,13 @@ class Decoder(eqx.Module):
         scale = hidden_size**-0.5 if config.tie_word_embeddings else 1.0
         self.embed_tokens = Embedding(vocab_size, hidden_size, scale=scale, key=embed_key)
         self.layers = tuple(DecoderLayer(config, key=key) for key in layer_keys)
-        self.norm = RMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm_of(config, hidden_size)
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
             # Small, so that an untrained decoder is unsure of everything.
             self.lm_head = Linear(hidden_size, vocab_size, scale=0.3, key=head_key)
-        self.attention = PagedAttention() if attention is None else attention
+        self.attention = attention
         self.config = config
 
     def __call__(
@@ -141,15 +152,18 @@ class Decoder(eqx.Module):
             raise ValueError(
                 f"the cache has {len(cache.layers)} layers, the decoder {len(self.layers)}"
             )
-        x = self.embed_tokens(tokens)
-        rotary = Rotary.at(batch.positions, self.config)
+        x = self._embed(tokens)
+        rotaries = self._rotaries(batch.positions, cache.max_len)
         stored = []
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
+        for i, (layer, pages) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            attention = dataclasses.replace(self.attention, **self._options(i))
 
-            def attend(q: Array, k: Array, v: Array, pages: Any = pages):
-                return self.attention(q, k, v, pages, batch)
+            def attend(
+                q: Array, k: Array, v: Array, attend: Any = attention, pages: Any = pages
+            ):
+                return attend(q, k, v, pages, batch)
 
-            x, pages = layer(x, rotary, attend)
+            x, pages = layer(x, rotaries[i], attend)
             stored.append(pages)
         return self.norm(x), dataclasses.replace(cache, layers=tuple(stored))
 
@@ -169,17 +183,18 @@ class Decoder(eqx.Module):
         One vector a token, for `unembed`.
         """
         batch, length = tokens.shape
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
-            out = causal_attention(q, k, v)
-            return out.reshape(batch * length, *out.shape[2:]), None
-
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
-        rotary = Rotary.at(positions, self.config)
-        x = self.embed_tokens(tokens.reshape(-1))
-        for layer in self.layers:
-            x, _ = layer(x, rotary, attend)
+        rotaries = self._rotaries(positions, length)
+        x = self._embed(tokens.reshape(-1))
+        for i, layer in enumerate(self.layers):
+            options = self._options(i)
+
+            def attend(q: Array, k: Array, v: Array, options: dict[str, Any] = options):
+                q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
+                out = causal_attention(q, k, v, **options)
+                return out.reshape(batch * length, *out.shape[2:]), None
+
+            x, _ = layer(x, rotaries[i], attend)
         return self.norm(x).reshape(batch, length, -1)
 
     def unembed(
@@ -196,5 +211,59 @@ class Decoder(eqx.Module):
         The logits, in the decoder's dtype.
         """
         if self.lm_head is None:
-            return multiply(hidden, self.embed_tokens.weight)
-        return self.lm_head(hidden)
+            logits = multiply(hidden, self.embed_tokens.weight)
+        else:
+            logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _embed(
+        self, tokens: Int32[Array, " num_tokens"]
+    ) -> Float[Array, "num_tokens hidden_size"]:
+        x = self.embed_tokens(tokens)
+        if not self.config.scale_embeddings:
+            return x
+        # Rounded as the weights are: the models were trained so.
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+
+    def _rotaries(
+        self, positions: Int32[Array, " num_tokens"], max_len: int
+    ) -> list[Rotary]:
+        """The angles for each layer; equal ones are computed once."""
+        config = self.config
+        has_own = config.rope_local_base_freq is not None
+        local = [
+            has_own and config.window(layer) is not None
+            for layer in range(config.num_hidden_layers)
+        ]
+        by_kind = {
+            kind: Rotary.at(positions, config, max_len=max_len, local=kind)
+            for kind in set(local)
+        }
+        return [by_kind[kind] for kind in local]
+
+    def _options(self, layer: int) -> dict[str, Any]:
+        """How a layer attends, as `eqx_paged.PagedAttention` takes it."""
+        config = self.config
+        scalar = config.query_pre_attn_scalar
+        return {
+            "sinks": self.layers[layer].self_attn.sinks,
+            "sm_scale": None if scalar is None else scalar**-0.5,
+            "soft_cap": config.attn_logit_softcapping,
+            "sliding_window": config.window(layer),
+        }
+
+
+def _normed(
+    norm: RMSNorm | None, x: Float[Array, "num_tokens hidden_size"]
+) -> Float[Array, "num_tokens hidden_size"]:
+    return x if norm is None else norm(x)
+
+
+def _check_plain(attention: PagedAttention | RaggedAttention) -> None:
+    for name in ("sinks", "sm_scale", "soft_cap", "sliding_window"):
+        value = getattr(attention, name)
+        if value is not None:
+            raise ValueError(
+                f"the attention's {name} is the configuration's to say, but is {value}"
+            )

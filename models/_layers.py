@@ -1,5 +1,6 @@
 """The parts of a decoder layer. Each works on a flat list of tokens."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,10 +8,10 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from ._config import DecoderConfig
+from ._rope import angles
 
 
 State = TypeVar("State")
@@ -41,25 +42,34 @@ def multiply(
 
 
 class Linear(eqx.Module):
-    """A matrix, stored as checkpoints have it: one row an output.
+    """A matrix, stored as checkpoints have it: one row an output; and a bias, if any.
 
     Takes all tokens at once: the gradient of the matrix is then one product that
     contracts one axis, which is several times faster on CPU than contracting two.
     """
 
     weight: Float[Array, "out_size in_size"]
+    bias: Float[Array, " out_size"] | None
 
     def __init__(
-        self, in_size: int, out_size: int, *, scale: float = 1.0, key: PRNGKeyArray
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool = False,
+        scale: float = 1.0,
+        key: PRNGKeyArray,
     ):
         """**Arguments:**
 
         - `in_size`, `out_size`: widths of the input and the output.
+        - `bias`: whether there is one, 0 at first.
         - `scale`: standard deviation of the output for inputs of standard deviation 1.
         - `key`: where the random weights come from.
         """
         std = scale / math.sqrt(in_size)
         self.weight = std * jax.random.normal(key, (out_size, in_size), jnp.float32)
+        self.bias = jnp.zeros(out_size, jnp.float32) if bias else None
 
     def __call__(
         self, x: Float[Array, "num_tokens in_size"]
@@ -74,7 +84,8 @@ class Linear(eqx.Module):
 
         One vector a token.
         """
-        return multiply(x, self.weight)
+        out = multiply(x, self.weight)
+        return out if self.bias is None else out + self.bias[None, :]
 
 
 class Embedding(eqx.Module):
@@ -119,65 +130,88 @@ class Embedding(eqx.Module):
 class RMSNorm(eqx.Module):
     """Scales each vector to a root mean square of 1, then each channel by its weight."""
 
-    weight: Float[Array, " hidden_size"]
+    weight: Float[Array, " size"]
     eps: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True)
 
-    def __init__(self, hidden_size: int, *, eps: float):
+    def __init__(self, size: int, *, eps: float, offset: float = 0.0):
         """**Arguments:**
 
-        - `hidden_size`: width of the vectors.
+        - `size`: width of the vectors.
         - `eps`: added to the mean square.
+        - `offset`: added to the weight, which is stored less by as much.
         """
-        self.weight = jnp.ones(hidden_size, jnp.float32)
+        self.weight = jnp.full(size, 1 - offset, jnp.float32)
         self.eps = eps
+        self.offset = offset
 
-    def __call__(
-        self, x: Float[Array, "num_tokens hidden_size"]
-    ) -> Float[Array, "num_tokens hidden_size"]:
+    def __call__(self, x: Float[Array, "*vectors size"]) -> Float[Array, "*vectors size"]:
         """Normalises in float32.
 
         **Arguments:**
 
-        - `x`: one vector a token.
+        - `x`: any number of vectors.
 
         **Returns:**
 
-        One vector a token, in the dtype of `x`.
+        As many, in the dtype of `x`.
         """
         exact = x.astype(jnp.float32)
         mean_square = jnp.mean(exact**2, axis=-1, keepdims=True)
         normed = exact * jax.lax.rsqrt(mean_square + self.eps)
-        return (normed * self.weight.astype(jnp.float32)[None, :]).astype(x.dtype)
+        weight = self.weight.astype(jnp.float32) + self.offset
+        return (normed * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
 
 
 class Rotary(eqx.Module):
     """The angles by which the queries and keys of some positions are turned."""
 
-    cos: Float[Array, "num_tokens half_head_dim"]
-    sin: Float[Array, "num_tokens half_head_dim"]
+    cos: Float[Array, "num_tokens num_frequencies"]
+    sin: Float[Array, "num_tokens num_frequencies"]
 
     @classmethod
-    def at(cls, positions: Int32[Array, " num_tokens"], config: DecoderConfig) -> "Rotary":
-        """Computes the angles, once for all layers.
+    def at(
+        cls,
+        positions: Int32[Array, " num_tokens"],
+        config: DecoderConfig,
+        *,
+        max_len: int,
+        local: bool = False,
+    ) -> "Rotary":
+        """Computes the angles, once for all layers of a kind.
 
         **Arguments:**
 
         - `positions`: one a token.
         - `config`: gives the frequencies.
+        - `max_len`: the most tokens that a sequence has room for.
+        - `local`: whether for layers with a base of their own.
 
         **Returns:**
 
         The cosines and sines of the angles.
         """
-        exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-        frequencies = np.asarray(config.rope_theta**-exponents, np.float32)
-        angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-        return cls(cos=jnp.cos(angles), sin=jnp.sin(angles))
+        theta, scaling = config.rope_theta, config.rope_scaling
+        if local:
+            assert config.rope_local_base_freq is not None
+            theta, scaling = config.rope_local_base_freq, None
+        turned = angles(
+            positions,
+            theta=theta,
+            rotary_dim=config.rotary_dim,
+            scaling=scaling,
+            max_len=max_len,
+        )
+        cos, sin = jnp.cos(turned), jnp.sin(turned)
+        if scaling is not None:
+            cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+        return cls(cos=cos, sin=sin)
 
     def __call__(
         self, x: Float[Array, "num_tokens heads head_dim"]
     ) -> Float[Array, "num_tokens heads head_dim"]:
-        """Turns channel `i` with channel `i + head_dim / 2`, in float32.
+        """Turns channel `i` with channel `i + num_frequencies`, in float32. Channels past
+        those stay as they are.
 
         **Arguments:**
 
@@ -188,8 +222,9 @@ class Rotary(eqx.Module):
         The turned ones, in the dtype of `x`.
         """
         cos, sin = self.cos[:, None, :], self.sin[:, None, :]
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin)
+        num = self.cos.shape[-1]
+        first, second, rest = jnp.split(x.astype(jnp.float32), (num, 2 * num), axis=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin, rest)
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
@@ -200,24 +235,41 @@ class SelfAttention(eqx.Module):
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    sinks: Float[Array, " num_heads"] | None
     head_dim: int = eqx.field(static=True)
+    norms_heads: bool = eqx.field(static=True)
 
     def __init__(self, config: DecoderConfig, *, key: PRNGKeyArray):
         """**Arguments:**
 
-        - `config`: the sizes.
+        - `config`: the sizes, and what there is.
         - `key`: where the random weights come from.
         """
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, key=q_key)
-        self.k_proj = Linear(config.hidden_size, kv_size, key=k_key)
-        self.v_proj = Linear(config.hidden_size, kv_size, key=v_key)
+        project = functools.partial(Linear, config.hidden_size, bias=config.qkv_bias)
+        self.q_proj = project(q_size, key=q_key)
+        self.k_proj = project(kv_size, key=k_key)
+        self.v_proj = project(kv_size, key=v_key)
         self.o_proj = Linear(
-            q_size, config.hidden_size, scale=_into_residual(config), key=o_key
+            q_size,
+            config.hidden_size,
+            bias=config.o_bias,
+            scale=_into_residual(config),
+            key=o_key,
         )
         self.head_dim = config.head_dim
+        self.norms_heads = config.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm is not None:
+            sizes = (self.head_dim,) * 2 if self.norms_heads else (q_size, kv_size)
+            self.q_norm, self.k_norm = (norm_of(config, size) for size in sizes)
+        self.sinks = None
+        if config.attention_sinks:
+            self.sinks = jnp.zeros(config.num_attention_heads, jnp.float32)
 
     def __call__(
         self,
@@ -232,27 +284,34 @@ class SelfAttention(eqx.Module):
         - `x`: one vector a token.
         - `rotary`: the angles of the tokens' positions.
         - `attend`: `(q, k, v) -> (out, state)` with `[num_tokens, heads, head_dim]`
-            arrays.
+            arrays. The sinks are for it to use.
 
         **Returns:**
 
         One vector a token, and what `attend` gave besides.
         """
-        num_tokens = x.shape[0]
-        q, k, v = (
-            project(x).reshape(num_tokens, -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self._heads(self.q_proj(x), self.q_norm)
+        k = self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
         out, state = attend(rotary(q), rotary(k), v)
-        return self.o_proj(out.reshape(num_tokens, -1)), state
+        return self.o_proj(out.reshape(x.shape[0], -1)), state
+
+    def _heads(
+        self, x: Float[Array, "num_tokens size"], norm: RMSNorm | None
+    ) -> Float[Array, "num_tokens heads head_dim"]:
+        if norm is not None and not self.norms_heads:
+            x = norm(x)
+        x = x.reshape(x.shape[0], -1, self.head_dim)
+        return norm(x) if norm is not None and self.norms_heads else x
 
 
-class SwiGLU(eqx.Module):
-    """The feed-forward block: `down(silu(gate(x)) * up(x))`."""
+class GatedMLP(eqx.Module):
+    """The feed-forward block: `down(activation(gate(x)) * up(x))`."""
 
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
+    hidden_act: str = eqx.field(static=True)
 
     def __init__(self, config: DecoderConfig, *, key: PRNGKeyArray):
         """**Arguments:**
@@ -262,9 +321,11 @@ class SwiGLU(eqx.Module):
         """
         gate_key, up_key, down_key = jax.random.split(key, 3)
         outer, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(outer, inner, key=gate_key)
-        self.up_proj = Linear(outer, inner, key=up_key)
-        self.down_proj = Linear(inner, outer, scale=_into_residual(config), key=down_key)
+        linear = functools.partial(Linear, bias=config.mlp_bias)
+        self.gate_proj = linear(outer, inner, key=gate_key)
+        self.up_proj = linear(outer, inner, key=up_key)
+        self.down_proj = linear(inner, outer, scale=_into_residual(config), key=down_key)
+        self.hidden_act = config.hidden_act
 
     def __call__(
         self, x: Float[Array, "num_tokens hidden_size"]
@@ -279,7 +340,13 @@ class SwiGLU(eqx.Module):
 
         One vector a token.
         """
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        activation = jax.nn.silu if self.hidden_act == "silu" else jax.nn.gelu
+        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def norm_of(config: DecoderConfig, size: int) -> RMSNorm:
+    """A norm of vectors of some width, as a decoder has them."""
+    return RMSNorm(size, eps=config.rms_norm_eps, offset=config.norm_offset)
 
 
 def _into_residual(config: DecoderConfig) -> float:

@@ -20,6 +20,8 @@ import numpy as np
 from eqx_paged import generate, Generation, greedy, PagedKVCache, RESULTS, Sampler
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from ._held import Held, shortened
+
 
 MAX_PREFILL_CHUNK = 512
 # Below these sizes a smaller program or cache would gain nothing.
@@ -57,6 +59,9 @@ class Clock:
 
     tokens: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: "Clock") -> "Clock":
+        return Clock(self.tokens + other.tokens, self.seconds + other.seconds)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -173,6 +178,7 @@ class Job:
 
     - `prompts`: the tokens of each, at least one.
     - `max_new_tokens`: how many to add to each at most.
+    - `max_len`: how long each may become at most, its prompt included.
     - `page_size`: of the cache.
     - `burst`: how many tokens to make between two looks at them.
     - `stop_tokens`: each ends its row, as the row's last token.
@@ -183,6 +189,7 @@ class Job:
 
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: int
+    max_len: int = 2**31 - 1
     page_size: int = 16
     burst: int = 8
     stop_tokens: tuple[int, ...] = ()
@@ -190,11 +197,15 @@ class Job:
     sampler: Sampler = greedy
     seed: int = 0
 
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens a prompt may get."""
+        return min(self.max_new_tokens, self.max_len - len(prompt))
+
     def cache_shape(self, config: models.DecoderConfig) -> dict[str, int]:
         """The sizes of a cache with room for all that the job may make."""
         # The last burst may make tokens that are not wanted.
-        new = -(-self.max_new_tokens // self.burst) * self.burst
-        lens = [len(prompt) + new for prompt in self.prompts]
+        unwanted = self.burst - 1
+        lens = [len(prompt) + self.room(prompt) + unwanted for prompt in self.prompts]
         num_pages = sum(-(-length // self.page_size) for length in lens)
         return {
             "num_layers": config.num_hidden_layers,
@@ -209,13 +220,22 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the new tokens of each prompt, whether it is finished, the
-    cache, the speeds, and the peak of `Program.compile`.
+    """Where a run stands.
+
+    **Arguments:**
+
+    - `tokens`: the new tokens of each prompt.
+    - `finished`: whether each is complete.
+    - `cached`: how many of each prompt's tokens the cache held before the run.
+    - `held`: the cache, and what it holds once the run is complete.
+    - `prefill`, `decode`: the speeds.
+    - `peak_bytes`: as from `Program.compile`.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     finished: tuple[bool, ...]
-    cache: PagedKVCache
+    cached: tuple[int, ...]
+    held: Held
     prefill: Clock
     decode: Clock
     peak_bytes: int
@@ -227,35 +247,44 @@ def bucket(count: int, least: int = 1) -> int:
     return max(least, -(-count // step) * step)
 
 
-def run(model: models.Decoder, job: Job) -> Iterator[Progress]:
+def nothing_held(model: models.Decoder, job: Job) -> Held:
+    """An empty cache with room for the job."""
+    dtype = model.embed_tokens.weight.dtype
+    cache = PagedKVCache.empty(**job.cache_shape(model.config), dtype=dtype)
+    return Held(cache, ((),) * len(job.prompts))
+
+
+def run(model: models.Decoder, job: Job, held: Held | None = None) -> Iterator[Progress]:
     """Continues the job's prompts.
 
     **Arguments:**
 
     - `model`: what continues them.
     - `job`: what to continue.
+    - `held`: what an earlier run left, with as many rows and room for the job. It is
+        used up. Of a prompt that begins with what its row holds, only the rest is read.
 
     **Returns:**
 
     Where the run stands after each burst. The cache of the last one holds exactly the
     prompts and the tokens kept, but for the last of each row.
     """
-    cache = PagedKVCache.empty(
-        **job.cache_shape(model.config), dtype=model.embed_tokens.weight.dtype
-    )
+    # A prompt's last token is the first that a burst reads, as later its own last one.
+    known = [prompt[:-1] for prompt in job.prompts]
+    held = nothing_held(model, job) if held is None else held.rewind(known)
+    cached = tuple(map(len, held.rows))
     decode = Program(
         model, 1, job.burst, job.stop_tokens, sampler=job.sampler, seed=job.seed
     )
-    cache, peak_bytes = decode.compile(cache)
-    # A prompt's last token is the first that a burst reads, as later its own last one.
-    known = [prompt[:-1] for prompt in job.prompts]
+    cache, peak_bytes = decode.compile(held.cache)
+    unread = [tokens[count:] for tokens, count in zip(known, cached, strict=True)]
     prefill_clock = decode_clock = Clock()
-    if any(known):
-        prefill = Program(model, bucket(max(map(len, known)), MIN_PROMPT_LEN), 0)
+    if any(unread):
+        prefill = Program(model, bucket(max(map(len, unread)), MIN_PROMPT_LEN), 0)
         cache, prefill_peak = prefill.compile(cache)
         peak_bytes = max(peak_bytes, prefill_peak)
-        _, cache, seconds = prefill.call(known, cache)
-        prefill_clock = Clock(sum(map(len, known)), seconds)
+        _, cache, seconds = prefill.call(unread, cache)
+        prefill_clock = Clock(sum(map(len, unread)), seconds)
 
     rows = [_Row(prompt) for prompt in job.prompts]
     for step in itertools.count():
@@ -264,13 +293,17 @@ def run(model: models.Decoder, job: Job) -> Iterator[Progress]:
         # Only what is kept counts, though more may have been made.
         num_kept = sum(len(row.tokens) for row in rows)
         decode_clock = Clock(num_kept, decode_clock.seconds + seconds)
+        # Nothing reads a row's last token, so the cache never had it.
+        read = tuple((*row.prompt, *row.tokens)[:-1] for row in rows)
         finished = all(row.finished for row in rows)
         if finished:
-            cache = _cut(cache, rows)
+            # Without what was made past the end of a row.
+            cache = shortened(cache, read)
         yield Progress(
             tokens=tuple(row.tokens for row in rows),
             finished=tuple(row.finished for row in rows),
-            cache=cache,
+            cached=cached,
+            held=Held(cache, read),
             prefill=prefill_clock,
             decode=decode_clock,
             peak_bytes=peak_bytes,
@@ -295,24 +328,8 @@ class _Row:
     def extend(self, new: list[int], job: Job) -> "_Row":
         if self.finished:
             return self
-        tokens = (*self.tokens, *new)[: job.max_new_tokens]
+        room = job.room(self.prompt)
+        tokens = (*self.tokens, *new)[:room]
         keep = job.keep(self.prompt, tokens)
-        finished = (
-            keep is not None
-            or len(tokens) == job.max_new_tokens
-            or tokens[-1] in job.stop_tokens
-        )
+        finished = keep is not None or len(tokens) == room or tokens[-1] in job.stop_tokens
         return _Row(self.prompt, tokens[:keep], finished)
-
-
-def _cut(cache: PagedKVCache, rows: list[_Row]) -> PagedKVCache:
-    """Takes what was made past the end of a row out of the cache again."""
-    kv_lens = np.zeros(cache.num_seqs, np.int32)
-    # Nothing reads a row's last token, so the cache never had it.
-    kv_lens[: len(rows)] = [len(row.prompt) + len(row.tokens) - 1 for row in rows]
-    return _truncate(jnp.asarray(kv_lens), cache)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _truncate(kv_lens: Int32[Array, " num_seqs"], cache: PagedKVCache) -> PagedKVCache:
-    return cache.truncate(kv_lens)

@@ -20,11 +20,16 @@ refuse = functools.partial(_command_line.refuse, "generate")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One checked command line."""
+    """One checked command line. In a chat, `prompts` are its turns, all that there are if
+    there is any.
+    """
 
-    model: pathlib.Path
+    model: str
     prompts: tuple[str, ...]
+    chat: bool
+    system: str | None
     max_new_tokens: int
+    max_len: int | None
     stops: tuple[str, ...]
     page_size: int
     dtype: str | None
@@ -38,10 +43,18 @@ class Options:
 def parse_options(arguments: list[str] | None) -> Options:
     """Reads and checks `arguments` (the process's own if None), or refuses them."""
     given = _parser().parse_args(arguments)
+    prompts = _prompts(given.prompt, given.prompts_file)
+    if not (prompts or given.chat):
+        refuse("give at least one --prompt or a --prompts-file, or --chat")
+    if given.system is not None and not given.chat:
+        refuse("argument --system: only with --chat")
     return Options(
-        model=given.model,
-        prompts=_prompts(given.prompt, given.prompts_file),
-        max_new_tokens=given.max_new_tokens,
+        model=_text(given.model, "--model"),
+        prompts=prompts,
+        chat=given.chat,
+        system=None if given.system is None else _text(given.system, "--system"),
+        max_new_tokens=given.max_new_tokens or (512 if given.chat else 64),
+        max_len=given.max_len,
         stops=tuple(_text(stop, "--stop") for stop in given.stop),
         page_size=given.page_size,
         dtype=given.dtype,
@@ -59,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         metavar="DIR",
-        type=pathlib.Path,
-        default=EMBEDDED_MODEL,
-        help="a folder with config.json, model.safetensors and tokenizer.json,"
-        " of a Llama model (default: the model that comes with the sources)",
+        default=str(EMBEDDED_MODEL),
+        help="a folder with config.json, model.safetensors and tokenizer.json, or the"
+        " name of one on the Hugging Face hub, as in organisation/model (default: the"
+        " model that comes with the sources)",
     )
     add(
         "--prompt",
@@ -79,11 +92,28 @@ def _parser() -> argparse.ArgumentParser:
         " string a line (which may then hold line breaks)",
     )
     add(
+        "--chat",
+        action="store_true",
+        help="a conversation: each prompt is its next turn; without prompts, each line of"
+        " stdin is",
+    )
+    add(
+        "--system",
+        metavar="TEXT",
+        help="what a chat begins with, in the role `system`",
+    )
+    add(
         "--max-new-tokens",
         metavar="N",
         type=whole(1, 2**31 - 1),
-        default=64,
-        help="how many tokens to add to each prompt at most (default: 64)",
+        help="how many tokens to add to each prompt at most (default: 64, in a chat 512)",
+    )
+    add(
+        "--max-len",
+        metavar="N",
+        type=whole(2, 2**31 - 1),
+        help="how long a prompt and what is added to it, or a chat, may become at most, in"
+        " tokens (default: what the model reads, in a chat no more than 4096)",
     )
     add(
         "--stop",
@@ -149,17 +179,19 @@ def _prompts(given: list[str], path: pathlib.Path | None) -> tuple[str, ...]:
     prompts = [_text(prompt, "--prompt") for prompt in given]
     if path is not None:
         prompts += _read_prompts(path)
-    if not prompts:
-        refuse("give at least one --prompt or a --prompts-file")
     return tuple(prompts)
 
 
 def _text(text: str, option: str) -> str:
     if not text:
         refuse(f"argument {option}: an empty text")
-    # Bytes on a command line that are not UTF-8 arrive as lone surrogates.
+    return check_text(text, f"argument {option}")
+
+
+def check_text(text: str, source: str) -> str:
+    """Refuses what is not UTF-8: such bytes arrive as lone surrogates."""
     if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
-        refuse(f"argument {option}: {text!r} is not UTF-8")
+        refuse(f"{source}: {text!r} is not UTF-8")
     return text
 
 

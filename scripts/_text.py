@@ -10,10 +10,18 @@ from tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """A checkpoint's tokenizer with the texts that end a continuation."""
+    """A checkpoint's tokenizer with what ends a continuation.
+
+    **Arguments:**
+
+    - `tokenizer`, `config`: the checkpoint's.
+    - `end_tokens`: the tokens that the checkpoint says end a text.
+    - `stops`: the texts that end a continuation besides.
+    """
 
     tokenizer: Tokenizer
     config: models.DecoderConfig
+    end_tokens: tuple[int, ...]
     stops: tuple[str, ...] = ()
 
     def encode(self, prompt: str) -> tuple[int, ...]:
@@ -24,9 +32,21 @@ class Codec:
             tokens = [first, *tokens]
         return tuple(tokens)
 
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text in which the special ones are written out."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raises a `ValueError` for a token that the model does not have."""
+        if max(tokens) >= self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {max(tokens)}, the model has only"
+                f" {self.config.vocab_size}"
+            )
+
     def decode(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """The text that `tokens` add to `prompt`, up to the first stop text."""
-        text = self._added(prompt, tokens)
+        text = self.added(prompt, tokens)
         found = [text.find(stop) for stop in self.stops if stop in text]
         return text[: min(found, default=len(text))]
 
@@ -46,7 +66,7 @@ class Codec:
         """How many tokens it takes to complete a stop text, if one is complete."""
 
         def stopped(count: int) -> bool:
-            text = self._added(prompt, tokens[:count])
+            text = self.added(prompt, tokens[:count])
             return any(stop in text for stop in self.stops)
 
         if not self.stops or not stopped(len(tokens)):
@@ -60,9 +80,10 @@ class Codec:
             self.tokenizer.encode(stop, add_special_tokens=False).ids for stop in self.stops
         ]
         alone = {tokens[0] for tokens in encoded if len(tokens) == 1}
-        return tuple(sorted(alone | set(self.config.eos_token_id)))
+        return tuple(sorted(alone | set(self.end_tokens)))
 
-    def _added(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    def added(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text that `tokens` add to `prompt`."""
         # Decoded with a neighbour, since some decoders drop a text's first blank.
         before = self.tokenizer.decode(list(prompt[-1:]))
         return self.tokenizer.decode([*prompt[-1:], *tokens]).removeprefix(before)

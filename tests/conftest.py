@@ -24,7 +24,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     # `-m "slow or not slow"` runs everything.
     if not config.option.markexpr:
-        config.option.markexpr = "not slow and not gpu_aot"
+        config.option.markexpr = "not slow and not gpu_aot and not peers"
 
 
 @pytest.fixture

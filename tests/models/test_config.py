@@ -9,21 +9,21 @@ from .cases import published
 
 def test_the_published_keys_are_read():
     config = DecoderConfig.from_dict(published(tie_word_embeddings=True))
-    assert dataclasses.asdict(config) == {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": (2,),
-    }
+    assert config == DecoderConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=(2,),
+    )
 
 
 def test_absent_keys_have_the_published_defaults():
@@ -70,25 +70,35 @@ def test_one_end_several_or_none(published_ids, ids):
 @pytest.mark.parametrize(
     "name, value",
     (
-        ("model_type", "mistral"),
+        ("model_type", "gpt2"),
+        ("model_type", "gpt_oss"),
+        ("model_type", ["llama"]),
         ("model_type", None),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("architectures", ["LlamaForSequenceClassification"]),
+        ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
+        ("rope_scaling", {"rope_type": "proportional", "factor": 8.0}),
+        ("rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": [1]}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0, "extra": 1}),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "mscale": 1.0}),
         ("rope_scaling", {"rope_type": "default", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_scaling", "linear"),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
-        ("attention_bias", True),
         ("attention_dropout", 0.1),
-        ("mlp_bias", True),
         ("hidden_act", "gelu"),
+        ("an_unknown_option", 3),
+        ("use_bidirectional_attention", True),
+        ("layer_types", ["sliding_attention", "full_attention"]),
+        ("query_pre_attn_scalar", 24),
         ("sliding_window", 128),
         ("quantization_config", {"bits": 4}),
         ("partial_rotary_factor", 0.5),
+        ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("pretraining_tp", 2),
     ),
 )
 def test_an_option_that_is_not_supported_is_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} .* is not supported"):
+    said = "partial_rotary_factor" if "partial" in str(value) else name
+    with pytest.raises(ValueError, match=f"{said} .* is not supported"):
         DecoderConfig.from_dict(published(**{name: value}))
 
 
@@ -111,6 +121,14 @@ def test_an_option_that_is_not_supported_is_named(name, value):
         ("tie_word_embeddings", "no"),
         ("bos_token_id", -1),
         ("eos_token_id", [2, "</s>"]),
+        ("attention_bias", "no"),
+        ("max_position_embeddings", 1.5),
+        ("rope_scaling", {"type": "linear", "factor": 0}),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "truncate": 1}),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
+        ),
     ),
 )
 def test_a_value_that_makes_no_sense_is_named(name, value):
@@ -124,6 +142,18 @@ def test_contradictions_name_both_values():
     parameters = {"rope_theta": 5e5, "rope_type": "default"}
     with pytest.raises(ValueError, match="10000.0 contradicts .* 500000.0"):
         DecoderConfig.from_dict(published(rope_parameters=parameters))
+    scalings = ({"type": "linear", "factor": factor} for factor in (2.0, 3.0))
+    old, new = scalings
+    with pytest.raises(ValueError, match="2.0.* contradicts .*3.0"):
+        DecoderConfig.from_dict(published(rope_scaling=old, rope_parameters=new))
+    llama3 = {"type": "llama3", "factor": 8.0}
+    llama3 |= {"low_freq_factor": 4.0, "high_freq_factor": 1.0}
+    with pytest.raises(ValueError, match="4.0 must be less than .* 1.0"):
+        DecoderConfig.from_dict(published(rope_scaling=llama3))
+    windows = {"model_type": "gemma2", "architectures": None, "sliding_window": None}
+    types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="sliding_attention.* contradicts .* None"):
+        DecoderConfig.from_dict(published(**windows, layer_types=types))
 
 
 def test_all_missing_keys_are_named_together():
@@ -131,6 +161,9 @@ def test_all_missing_keys_are_named_together():
     del options["vocab_size"]
     with pytest.raises(ValueError, match="missing vocab_size, hidden_size$"):
         DecoderConfig.from_dict(options)
+    scaling = {"type": "llama3", "factor": 2.0}
+    with pytest.raises(ValueError, match="missing low_freq_factor, high_freq_factor$"):
+        DecoderConfig.from_dict(published(rope_scaling=scaling))
 
 
 @pytest.mark.parametrize("ends", (2, [2, 5], None))
@@ -141,6 +174,126 @@ def test_what_is_written_is_read_back(ends):
     assert written["architectures"] == ["LlamaForCausalLM"]
     assert written["eos_token_id"] == ends
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e6
+
+
+# What sets the models apart, as their files say it.
+SAID = {
+    "Llama 3.2": {
+        **{"model_type": "llama", "hidden_size": 2048, "head_dim": 64},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0},
+        **{"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
+        "rope_scaling": {
+            **{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+            **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        },
+    },
+    "SmolLM2": {
+        **{"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9},
+        **{"num_key_value_heads": 3, "is_llama_config": True, "rope_interleaved": False},
+        **{"transformers.js_config": {"dtype": "q4"}, "rope_theta": 100000},
+    },
+    "Mistral 7B v0.1": {
+        **{"model_type": "mistral", "hidden_size": 4096, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "sliding_window": 4096},
+    },
+    "Mistral 7B v0.3": {
+        **{"model_type": "mistral", "hidden_size": 4096, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "sliding_window": None, "rope_theta": 1e6},
+    },
+    "Qwen2.5": {
+        **{"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14},
+        **{"num_key_value_heads": 2, "sliding_window": 32768, "use_mrope": False},
+        **{"use_sliding_window": False, "max_window_layers": 21},
+    },
+    "Qwen3": {
+        **{"model_type": "qwen3", "hidden_size": 1024, "num_attention_heads": 16},
+        **{"num_key_value_heads": 8, "sliding_window": None, "head_dim": 128},
+        **{"use_sliding_window": False, "max_window_layers": 28},
+    },
+    "Gemma 2": {
+        **{"model_type": "gemma2", "hidden_size": 2304, "num_attention_heads": 8},
+        **{"num_key_value_heads": 4, "sliding_window": 4096, "head_dim": 256},
+        **{"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+        **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    },
+    "Gemma 3": {
+        **{"model_type": "gemma3_text", "hidden_size": 1152, "num_attention_heads": 4},
+        **{"num_key_value_heads": 1, "sliding_window": 512, "head_dim": 256},
+        **{"sliding_window_pattern": 6, "rope_local_base_freq": 10000},
+        **{"rope_theta": 1000000, "rope_scaling": None, "num_hidden_layers": 12},
+    },
+    "Phi 3.5": {
+        **{"model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 32},
+        **{"num_key_value_heads": 32, "sliding_window": 262144, "auto_map": {"A": "b"}},
+        **{"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False},
+        **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
+        "rope_scaling": {
+            **{"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
+        },
+    },
+    "OLMo 2": {
+        **{"model_type": "olmo2", "hidden_size": 2048, "num_attention_heads": 16},
+        **{"num_key_value_heads": 16, "rope_theta": 500000, "rope_scaling": None},
+        **{"attention_bias": False, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    },
+}
+SIZES = {
+    **{"vocab_size": 100000, "intermediate_size": 64, "num_hidden_layers": 4},
+    **{"torch_dtype": "bfloat16", "use_cache": True, "initializer_range": 0.02},
+    **{"attention_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1},
+}
+
+
+def said(name):
+    return DecoderConfig.from_dict({**SIZES, **SAID[name]})
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_written_of_a_family_is_read_back(name):
+    config = said(name)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert DecoderConfig.from_dict(written) == config
+    assert written["pad_token_id"] is None
+
+
+def test_windows_are_where_each_family_has_them():
+    def windows(name, **changes):
+        config = DecoderConfig.from_dict({**SIZES, **SAID[name], **changes})
+        return [config.window(layer) for layer in range(config.num_hidden_layers)]
+
+    assert windows("Llama 3.2") == windows("Qwen3") == windows("OLMo 2") == [None] * 4
+    assert windows("Mistral 7B v0.1") == [4096] * 4
+    assert windows("Mistral 7B v0.3") == windows("Qwen2.5") == [None] * 4
+    used = {"use_sliding_window": True, "max_window_layers": 3}
+    assert windows("Qwen2.5", **used) == [None, None, None, 32768]
+    assert windows("Gemma 2") == [4096, None] * 2
+    assert windows("Gemma 3") == ([512] * 5 + [None]) * 2
+    types = ["full_attention"] * 3 + ["sliding_attention"]
+    assert windows("Gemma 2", layer_types=types) == [None, None, None, 4096]
+
+
+def test_each_family_computes_what_sets_it_apart():
+    assert said("Qwen2.5").qkv_bias and not said("Qwen2.5").o_bias
+    assert said("Qwen3").qk_norm == "head" and said("OLMo 2").qk_norm == "projection"
+    assert said("OLMo 2").norms == "post" and said("Llama 3.2").norms == "pre"
+    gemma2, gemma3 = said("Gemma 2"), said("Gemma 3")
+    for gemma in (gemma2, gemma3):
+        assert (gemma.norms, gemma.norm_offset) == ("both", 1.0)
+        assert gemma.scale_embeddings and gemma.tie_word_embeddings
+    assert (gemma2.attn_logit_softcapping, gemma2.final_logit_softcapping) == (50, 30)
+    assert gemma3.attn_logit_softcapping is gemma3.final_logit_softcapping is None
+    assert (gemma2.rope_local_base_freq, gemma3.rope_local_base_freq) == (None, 1e4)
+    assert (gemma2.qk_norm, gemma3.qk_norm) == (None, "head")
+    assert said("SmolLM2").head_dim == 64
+
+
+def test_what_no_family_says_is_not_written():
+    config = DecoderConfig.from_dict(published())
+    sunk = dataclasses.replace(config, attention_sinks=True, norms="post")
+    with pytest.raises(
+        ValueError, match="'llama' has no way to say norms, attention_sinks"
+    ):
+        sunk.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from tokenizers import decoders, models as bpe, pre_tokenizers, processors, Tokenizer
 from tokenizers.trainers import BpeTrainer
 
@@ -189,7 +190,7 @@ def test_stream_looks_at_each_token(generate, monkeypatch):
     def show(_, progress):
         shown.append(len(progress.tokens[0]))
 
-    monkeypatch.setattr(script._Stream, "show", show)
+    monkeypatch.setattr(script.Stream, "show", show)
     generate(*prompts(PROMPTS[0]), "--stream")
     assert shown == list(range(1, 13))
 
@@ -304,6 +305,12 @@ def nonsense(*arguments, says):
         nonsense("--prompt", "a", "--max-new-tokens", "\u0663", says="no whole number"),
         nonsense("--prompt", "a", "--max-new-tokens", "128", says="below 128"),
         nonsense("--prompt", "a" * 200, says="it may have at most 116"),
+        nonsense("--prompt", "a" * 200, "--max-len", "90", says="it may have at most 89"),
+        nonsense("--prompt", "a", "--max-len", "129", says="at most 128"),
+        nonsense("--prompt", "a", "--max-len", "1", says="'1' is no whole number from 2"),
+        nonsense("--prompt", "a", "--system", "b", says="only with --chat"),
+        nonsense("--chat", says="argument --chat"),
+        nonsense("--prompt", "a", "--model", "", says="empty"),
         nonsense("--prompt", "a", "--page-size", "12", says="12 (choose from 8, 16, 32"),
         nonsense("--prompt", "a", "--page-size", "4", says="4 (choose from 8, 16, 32"),
         nonsense("--prompt", "a", "--page-size", "512", says="512 (choose from 8, 16, 32"),
@@ -364,15 +371,82 @@ def test_a_broken_model_is_refused(generate, capsys, tmp_path, model_dir, name, 
     assert shown.count("\n") == 1 and "--model" in shown
 
 
-def test_a_cache_beyond_the_memory_is_refused(generate, capsys, monkeypatch):
-    from scripts import generate as script
+def test_a_model_whose_files_do_not_fit_together_is_refused(
+    generate, capsys, tmp_path, model_dir
+):
+    for name, spoil, says in SPOILT:
+        directory = tmp_path / name
+        directory.mkdir()
+        for file in model_dir.iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+        spoil(directory)
+        with pytest.raises(SystemExit) as error:
+            generate("--model", str(directory), "--prompt", "a")
+        assert error.value.code == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.count("\n") == 1, name
+        assert says in shown.err and str(directory) in shown.err, name
 
-    monkeypatch.setattr(script, "_memory_limit", lambda: 1000)
+
+def _truncated(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _misshaped(directory):
+    path = directory / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["model.norm.weight"] = np.ones(33, np.float32)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def _without_shards(directory):
+    (directory / "model.safetensors").unlink()
+    weight_map = {"model.norm.weight": "b.safetensors", "lm_head.weight": "a.safetensors"}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _with_key(directory):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rotary_magic": 3}))
+
+
+def _without_tokenizer(directory):
+    (directory / "tokenizer.json").unlink()
+
+
+SPOILT = (
+    ("truncated", _truncated, "model.safetensors: not a safetensors file"),
+    ("misshaped", _misshaped, "model.norm.weight is (33,), not (32,)"),
+    ("shards", _without_shards, "no such weight file: a.safetensors, b.safetensors"),
+    ("key", _with_key, "config.json: rotary_magic 3 is not supported"),
+    ("tokenizer", _without_tokenizer, "tokenizer.json: no such file"),
+)
+
+
+def test_a_cache_beyond_the_memory_is_refused(generate, capsys, monkeypatch):
+    import models
+    from scripts import _memory
+
+    monkeypatch.setattr(_memory, "free_memory", lambda: 1000)
+    monkeypatch.delattr(models.Checkpoint, "load")
     with pytest.raises(SystemExit) as error:
         generate("--prompt", "a")
     assert error.value.code == 2
     shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and "GiB" in shown
+    assert shown.count("\n") == 1 and "of memory are free" in shown
+
+
+def test_a_row_ends_where_it_is_as_long_as_asked_for(report):
+    whole = report(*prompts(*PROMPTS))["results"]
+    longest = whole[1]["num_prompt_tokens"] + 3
+    for result, cut in zip(
+        whole, report(*prompts(*PROMPTS), "--max-len", str(longest))["results"]
+    ):
+        room = min(12, longest - cut["num_prompt_tokens"])
+        assert cut["tokens"] == result["tokens"][:room]
+        assert cut["finish_reason"] == "length"
 
 
 def test_the_program_itself_ends_with_status_2_and_no_traceback():
