@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._bench_candidates import IMPLEMENTATIONS
+from ._bench_candidates import as_run, IMPLEMENTATIONS
 from ._bench_data import random_numbers
 from ._bench_record import Row
 
@@ -79,7 +79,7 @@ def checks(*, dry_run: bool) -> Iterator[Check]:
 
 def checked(check: Check, row: Row, *, interpret: bool) -> Row:
     """With the largest error of an implementation, or with what is wrong."""
-    options = _options_of(row, interpret=interpret)
+    options = as_run(IMPLEMENTATIONS[row.implementation], interpret=interpret)
     rows, arrays = _arrays(check)
     static, sinks = dict(OPTIONS[check.options]), None
     if static.pop("sinks", False):
@@ -97,11 +97,6 @@ def checked(check: Check, row: Row, *, interpret: bool) -> Row:
     if not np.array_equal(out, again):
         return dataclasses.replace(row, status="failed", reason="it differs the next time")
     return dataclasses.replace(row, status="right")
-
-
-def _options_of(row: Row, *, interpret: bool) -> dict[str, Any]:
-    options = dict(IMPLEMENTATIONS[row.implementation])
-    return options if row.implementation == "xla" else options | dict(interpret=interpret)
 
 
 def _arrays(check: Check) -> tuple[tuple, dict[str, jax.Array]]:
@@ -189,7 +184,7 @@ def checked_large(row: Row, *, dry_run: bool) -> Row:
     large = [_at_the_end(pages, num_pages) for pages in small]
     kv_lens = jnp.array([NUM_HELD * PAGE_SIZE - 1], jnp.int32)
     first = jnp.arange(NUM_HELD, dtype=jnp.int32)[None]
-    options = _options_of(row, interpret=dry_run)
+    options = as_run(IMPLEMENTATIONS[row.implementation], interpret=dry_run)
     call = jax.jit(functools.partial(eqx_paged.paged_attention, **options))
     wanted = np.asarray(call(q, *small, kv_lens, first), np.float32)
     out = call(q, *large, kv_lens, first + num_pages - NUM_HELD)
