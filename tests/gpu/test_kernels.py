@@ -50,12 +50,16 @@ def assert_nothing_is_spilled(case, *args, **options):
 
 
 @pytest.mark.parametrize(
-    "page_size, sliding_window", ((8, None), (32, None), (8, 999), (16, 999), (32, 999))
+    "head_dim, page_size, sliding_window",
+    (
+        *((256, 8, None), (256, 32, None), (256, 8, 999), (256, 16, 999), (256, 32, 999)),
+        *((64, 16, 999), (128, 16, 999)),
+    ),
 )
-def test_a_large_head_spills_nothing_on_any_page_or_under_a_window(
-    page_size, sliding_window
+def test_longer_rows_spill_nothing_on_other_pages_or_under_a_window(
+    head_dim, page_size, sliding_window
 ):
-    case = GPUCase("mosaic", "mixed", 256, page_size, 4, "bf16")
+    case = GPUCase("mosaic", "mixed", head_dim, page_size, 4, "bf16")
     assert_nothing_is_spilled(case, *case.args, sliding_window=sliding_window)
 
 
