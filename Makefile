@@ -58,8 +58,8 @@ lint: setup-dev ## formatting, style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-bench: setup-bench ## time a decode step on a small and on a large cache
-	$(RUN) -m scripts.bench_step
+bench: setup-bench ## measure speed on this CPU, beside the peers that can be installed
+	$(RUN) -m scripts.bench --install-peers
 
 # The variable silences Material's advertisement of a successor of MkDocs.
 docs: setup-docs ## build the documentation into site/

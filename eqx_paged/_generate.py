@@ -1,6 +1,5 @@
 """Generation: prefill in chunks, then a loop of decode steps, as one program."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,17 +8,16 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
-from ._batch import RaggedBatch, row_of_token
+from ._batch import RaggedBatch
 from ._cache import PagedKVCache
-from ._checks import check_int, check_positive
-from ._ragged_cache import RaggedKVCache
+from ._checks import check_int, check_positive, first_of
+from ._generation_loop import Cache, Plan, run
 from ._results import RESULTS
 from .kernels._arguments import check_array
 
 
-Cache = PagedKVCache | RaggedKVCache
 Sampler = Callable[
     [Float[Array, "num_seqs vocab_size"], PRNGKeyArray | None],
     Int32[Array, " num_seqs"],
@@ -92,21 +90,27 @@ def generate(
 ) -> tuple[Generation, Cache]:
     """Continues prompts, each until a stop token or `max_new_tokens`.
 
-    One compiled program: the prompts are read in chunks, and then a loop makes a token a
-    row and turn until every row is done. A row that is done only keeps its slot. Prompts,
-    their lengths and number, and the stop tokens are data; a program is compiled for each
-    `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, number of stop tokens, sampler,
-    kind of cache, and with and without a key.
+    One compiled program: the prompts are read in chunks, beside rows that have been read
+    and go on, and then a loop makes a token a row and turn. Prompts, their lengths and the
+    stop tokens are data; a program is compiled for each `max_prompt_len`,
+    `max_new_tokens`, `prefill_chunk`, number of stop tokens, sampler, kind of cache, with
+    and without a key, and for each number of prompts beyond the cache's rows.
 
-    Prompt `i` extends row `i`, whatever the row holds: a second turn of a conversation
-    gives its own text only, which begins with the last token of the first turn's answer.
+    With at most as many prompts as rows, prompt `i` extends row `i`, whatever the row
+    holds: a second turn of a conversation gives its own text only, which begins with the
+    last token of the first turn's answer. A row that is done only keeps its slot.
+
+    More prompts go through the rows in turn, in order, each waiting for a row and for
+    pages to read it into; a row that is done is freed for the next. Where rows that go on
+    need a page and there is none, the youngest is put back: its pages are freed, its
+    tokens kept and read again later. What is made of a prompt is the same in any case.
 
     **Arguments:**
 
     - `model`: called as `model(tokens, cache, batch) -> (hidden, cache)`, with an `unembed`
         method from hidden states to logits. Any PyTree.
-    - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][] with at
-        least as many rows as there are prompts.
+    - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][], empty if
+        it has fewer rows than there are prompts.
     - `prompts`: padded with any int32.
     - `prompt_lens`: the tokens of each prompt; one of length 0 leaves its row idle.
     - `max_new_tokens`: the most tokens to make a prompt. 0 only reads the prompts.
@@ -115,13 +119,15 @@ def generate(
         one, an equal lambda included, compiles again.
     - `key`: for the sampler, split for each step that makes tokens. May be None if the
         sampler needs none.
-    - `prefill_chunk`: how many prompt tokens to read a step, of all prompts together.
+    - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
+        all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
 
     **Returns:**
 
     The [`eqx_paged.Generation`][] and the cache. Each row holds its prompt and all new
-    tokens but the last, whose key and value were not needed.
+    tokens but the last, whose key and value were not needed; if the prompts went in turn,
+    it is empty.
 
     **Raises:**
 
@@ -145,7 +151,7 @@ def generate(
     """
     check_int(max_new_tokens=max_new_tokens, least=0)
     check_positive(prefill_chunk=prefill_chunk)
-    _check_prompts(prompts, prompt_lens, cache.num_seqs)
+    _check_prompts(prompts, prompt_lens)
     _check_stop_tokens(stop_tokens)
     num_prompts, max_prompt_len = prompts.shape
     arguments = (model, cache, prompts, prompt_lens, stop_tokens, key)
@@ -153,23 +159,24 @@ def generate(
         raise ValueError("generate needs throw=False under jit: it cannot raise there.")
     if throw:
         _check_prompts_fit(cache, max_prompt_len, np.asarray(prompt_lens))
-    # Rows and not prompts, and outside the program: another number of prompts is no
-    # other program.
+    # Rows and not prompts, and outside the program: another number of prompts that all
+    # have a row is no other program.
     xp = jnp if _is_traced((prompts, prompt_lens)) else np
-    extra = cache.num_seqs - num_prompts
+    extra = max(0, cache.num_seqs - num_prompts)
     prompts = xp.pad(xp.asarray(prompts, xp.int32), ((0, extra), (0, 0)))
     prompt_lens = xp.pad(xp.asarray(prompt_lens, xp.int32), (0, extra))
-    tokens, lengths, result, cache = _run(
-        model,
-        cache,
-        prompts,
-        prompt_lens,
-        jnp.asarray(stop_tokens, jnp.int32),
-        key,
-        max_new_tokens=int(max_new_tokens),
+    plan = Plan(
+        prompts=jnp.asarray(prompts),
+        prompt_lens=jnp.asarray(prompt_lens),
+        stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
+        key=key,
         sampler=sampler,
-        chunk=min(int(prefill_chunk), prompts.size),
+        max_new_tokens=int(max_new_tokens),
+        # Each row that goes on takes part in every step.
+        num_tokens=max(min(int(prefill_chunk), prompts.size), cache.num_seqs),
+        in_turn=num_prompts > cache.num_seqs,
     )
+    tokens, lengths, result, cache = _run(model, cache, plan)
     if throw and result != RESULTS.successful:
         raise RuntimeError(
             f"{RESULTS[result]} {int(lengths.sum())} tokens had been made until then; "
@@ -183,115 +190,37 @@ def generate(
     return generation, cache
 
 
-class _Rows(eqx.Module):
-    """What the loops carry."""
-
-    cache: Cache
-    num_read: Int32[Array, " num_seqs"]  # tokens of the prompt
-    tokens: Int32[Array, "num_seqs max_new_tokens"]
-    lengths: Int32[Array, " num_seqs"]
-    last: Int32[Array, " num_seqs"]  # made, but not yet in the cache
-    running: Bool[Array, " num_seqs"]
-    step: Int32[Array, ""]
-    result: RESULTS
-
-
 @eqx.filter_jit
-def _run(
-    model,
-    cache,
-    prompts,
-    prompt_lens,
-    stop_tokens,
-    key,
-    *,
-    max_new_tokens,
-    sampler,
-    chunk,
-):
-    def sample(rows, hidden, batch, made):
-        """Puts the next token of the rows `made` after the others."""
-        if max_new_tokens == 0:
-            return rows
-        logits = model.unembed(hidden[batch.last_tokens])
-        step_key = None if key is None else jax.random.fold_in(key, rows.step)
-        new = sampler(logits, step_key)
-        _check_sampled(new, logits.shape[0])
-        new = new.astype(jnp.int32)
-        column = jnp.where(made, rows.lengths, max_new_tokens)
-        row = jnp.arange(new.shape[0], dtype=jnp.int32)
-        lengths = rows.lengths + made.astype(jnp.int32)
-        stopped = jnp.any(new[:, None] == stop_tokens[None], axis=1)
-        goes_on = made & ~stopped & (lengths < max_new_tokens)
-        return dataclasses.replace(
-            rows,
-            tokens=rows.tokens.at[row, column].set(new, mode="drop"),
-            lengths=lengths,
-            last=jnp.where(made, new, rows.last),
-            running=jnp.where(made, goes_on, rows.running),
-            step=rows.step + jnp.any(made).astype(jnp.int32),
-        )
-
-    def prefill(rows):
-        left = prompt_lens - rows.num_read
-        before = jnp.cumsum(left, dtype=jnp.int32) - left
-        q_lens = jnp.clip(chunk - before, 0, left)
-        cache, batch, result = rows.cache.append(q_lens, chunk)
-        row, exists = row_of_token(batch.cu_q_lens, chunk)
-        offset = jnp.arange(chunk, dtype=jnp.int32) - batch.cu_q_lens[row]
-        tokens = prompts.at[row, rows.num_read[row] + offset].get(mode="clip")
-        hidden, cache = model(jnp.where(exists, tokens, 0), cache, batch)
-        num_read = rows.num_read + q_lens
-        rows = dataclasses.replace(rows, cache=cache, num_read=num_read, result=result)
-        made = (q_lens > 0) & (num_read == prompt_lens) & _is_well(rows)
-        return sample(rows, hidden, batch, made)
-
-    def decode(rows):
-        cache, batch, result = rows.cache.append(rows.running.astype(jnp.int32))
-        tokens = jnp.where(rows.running, rows.last, 0)
-        hidden, cache = model(tokens, cache, batch)
-        rows = dataclasses.replace(rows, cache=cache, result=result)
-        return sample(rows, hidden, batch, rows.running & _is_well(rows))
-
-    num_seqs, max_prompt_len = prompts.shape
-    zeros = jnp.zeros(num_seqs, jnp.int32)
-    rows = _Rows(
-        cache=cache,
-        num_read=zeros,
-        tokens=jnp.zeros((num_seqs, max_new_tokens), jnp.int32),
-        lengths=zeros,
-        last=zeros,
-        running=jnp.zeros(num_seqs, bool),
-        step=jnp.array(0, jnp.int32),
-        result=_result_of_prompts(cache, max_prompt_len, prompt_lens),
-    )
-    rows = jax.lax.while_loop(
-        lambda rows: _is_well(rows) & jnp.any(rows.num_read < prompt_lens),
-        prefill,
-        rows,
-    )
-    rows = jax.lax.while_loop(
-        lambda rows: _is_well(rows) & jnp.any(rows.running), decode, rows
-    )
-    return rows.tokens, rows.lengths, rows.result, rows.cache
+def _run(model, cache, plan):
+    state = run(model, cache, plan, _result_of_prompts(cache, plan))
+    return state.tokens, state.lengths, state.result, state.cache
 
 
-def _is_well(rows):
-    return rows.result == RESULTS.successful
-
-
-def _result_of_prompts(cache, max_prompt_len, prompt_lens):
-    # All of them at once, so that a chunk cannot fail after another has been read.
-    _, _, result = cache.append(prompt_lens, prompt_lens.shape[0] * max_prompt_len)
-    too_long = jnp.any(prompt_lens > max_prompt_len)
-    return RESULTS.where(too_long, RESULTS.invalid_argument, result)
+def _result_of_prompts(cache, plan):
+    """Whether the prompts can be read, before any work."""
+    max_prompt_len = plan.prompts.shape[1]
+    invalid = jnp.any((plan.prompt_lens > max_prompt_len) | (plan.prompt_lens < 0))
+    if not plan.in_turn:
+        # All of them at once, so that a chunk cannot fail after another has been read.
+        _, _, result = cache.append(plan.prompt_lens, plan.num_prompts * max_prompt_len)
+        return RESULTS.where(invalid, RESULTS.invalid_argument, result)
+    longest = jnp.max(plan.prompt_lens)
+    faults = [
+        (invalid, RESULTS.invalid_argument),
+        (longest > cache.max_len, RESULTS.sequence_too_long),
+        (jnp.any(cache.kv_lens > 0), RESULTS.row_in_use),
+    ]
+    if isinstance(cache, PagedKVCache):
+        most = cache.table.num_pages * cache.page_size
+        faults.insert(2, (longest > most, RESULTS.out_of_pages))
+    return first_of(*faults)
 
 
 def _is_traced(tree):
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def _check_prompts(prompts, prompt_lens, num_seqs):
+def _check_prompts(prompts, prompt_lens):
     check_array("prompts", prompts)
     check_array("prompt_lens", prompt_lens)
     if prompts.ndim != 2 or prompt_lens.shape != prompts.shape[:1]:
@@ -303,10 +232,8 @@ def _check_prompts(prompts, prompt_lens, num_seqs):
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers, but is {array.dtype}.")
     num_prompts, max_prompt_len = prompts.shape
-    if not 1 <= num_prompts <= num_seqs:
-        raise ValueError(
-            f"There are {num_prompts} prompts, but the cache has {num_seqs} rows."
-        )
+    if num_prompts < 1:
+        raise ValueError("prompts must have a row a prompt, but num_prompts is 0.")
     if max_prompt_len < 1:
         raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
     _check_int32("prompts", prompts)
@@ -335,36 +262,38 @@ def _check_int32(name, array):
         )
 
 
-def _check_sampled(tokens, num_seqs):
-    if tokens.shape != (num_seqs,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"sampler must return integers of shape {(num_seqs,)}, a token a row, but "
-            f"returned {tokens.dtype} of shape {tokens.shape}."
-        )
-
-
 def _check_prompts_fit(cache, max_prompt_len, prompt_lens):
-    held = np.asarray(cache.kv_lens)[: len(prompt_lens)]
-    for row, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
+    in_turn = len(prompt_lens) > cache.num_seqs
+    held = np.asarray(cache.kv_lens)
+    if in_turn and held.any():
+        raise ValueError(
+            f"{len(prompt_lens)} prompts go through {cache.num_seqs} rows in turn, which "
+            f"must be empty, but they hold {held.sum()} tokens."
+        )
+    held = np.resize(held, len(prompt_lens))  # 0 for prompts without a row
+    for i, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
         if not 0 <= new <= max_prompt_len:
             raise ValueError(
-                f"Prompt {row} has length {new}, but prompts has room for 0 to "
+                f"Prompt {i} has length {new}, but prompts has room for 0 to "
                 f"{max_prompt_len} tokens each."
             )
         if old + new > cache.max_len:
+            where = "" if in_turn else f" and row {i} of the cache holds {old}"
             raise ValueError(
-                f"Prompt {row} has {new} tokens and row {row} of the cache holds {old}, "
-                f"but a row has room for {cache.max_len}."
+                f"Prompt {i} has {new} tokens{where}, but a row has room for "
+                f"{cache.max_len}."
             )
     if isinstance(cache, PagedKVCache):
-        size = cache.page_size
-        needed = int(np.sum(-(-(held + prompt_lens) // size) - -(-held // size)))
-        needed += _num_copies(cache.table, held, prompt_lens)
-        num_free = int(cache.table.num_free_pages)
+        size, num_free = cache.page_size, int(cache.table.num_free_pages)
+        pages = -(-(held + prompt_lens) // size) - -(-held // size)
+        if in_turn:
+            needed, who = int(pages.max()), f"Prompt {int(pages.argmax())} needs"
+        else:
+            needed = int(pages.sum()) + _num_copies(cache.table, held, prompt_lens)
+            who = "The prompts need"
         if needed > num_free:
             raise ValueError(
-                f"The prompts need {needed} pages of {size} tokens, but {num_free} are "
-                "free."
+                f"{who} {needed} pages of {size} tokens, but {num_free} are free."
             )
 
 

@@ -66,15 +66,18 @@ class ChatTemplate:
         accept, as some do not accept a system message.
         """
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
                 **self.special_tokens,
             )
+            # A lone surrogate cannot be cut into tokens.
+            text.encode("utf-8")
         except _FAILURES as error:
             raise ValueError(f"the chat template fails: {error}") from error
+        return text
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
@@ -116,7 +119,7 @@ def load_chat_template(directory: str | os.PathLike) -> ChatTemplate:
     template = ChatTemplate(source, tokens)
     try:
         template._template  # noqa: B018  Compiled, to find its mistakes now.
-    except jinja2.TemplateSyntaxError as error:
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise ValueError(f"{path}: not a chat template ({error})") from error
     return template
 
@@ -151,13 +154,16 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an answer is, for training; here it marks nothing."""
+    """`{% generation %}` marks what an answer is, for training; here it marks nothing, but
+    what is set in it is forgotten after it.
+    """
 
     tags = {"generation"}
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _to_json(

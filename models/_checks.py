@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 
 def check_size(name: str, value: Any) -> None:
-    if not (is_int(value) and value > 0):
-        refuse(name, value, "a positive whole number")
+    # Larger ones cannot be the length of an array's axis, nor all of them be a float.
+    if not (is_int(value) and 0 < value < 2**31):
+        refuse(name, value, "a positive whole number below 2**31")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from ._checks import (
 )
 from ._families import family_of
 from ._published import FULL, publish, read, REQUIRED, WINDOW
-from ._rope import DynamicScaling, LongScaling, Scaling
+from ._rope import DynamicScaling, LongScaling, Scaling, YarnScaling
 
 
 _SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -49,7 +49,8 @@ class DecoderConfig:
     - `rope_theta`: the base of the rotary frequencies.
     - `max_position_embeddings`: the longest sequence that the weights were made for.
     - `tie_word_embeddings`: whether the embedding is also the output matrix.
-    - `bos_token_id`: the token that every text begins with, if there is one.
+    - `bos_token_id`: the token that begins a text, if there is one. Whether one is put
+        before a prompt is for the tokenizer to say.
     - `eos_token_id`: the tokens that end a text, possibly none.
     - `model_type`: the family, which decides how a checkpoint is laid out.
     - `rope_scaling`: how rotary positions are scaled for long contexts, if they are.
@@ -115,6 +116,16 @@ class DecoderConfig:
     def rotary_dim(self) -> int:
         """How many channels of a head are turned."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def short_len(self) -> int | None:
+        """The most tokens of room in a cache for which positions are turned by the short
+        factors of `longrope`; None without such a scaling.
+        """
+        scaling = self.rope_scaling
+        if not isinstance(scaling, LongScaling):
+            return None
+        return scaling.original_max_position_embeddings
 
     def window(self, layer: int) -> int | None:
         """How many tokens a layer sees, None for all."""
@@ -243,6 +254,8 @@ def _check_rope(options: Mapping[str, Any]) -> None:
     if part > 1 or rotary_dim % 2 != 0 or rotary_dim == 0:
         refuse("partial_rotary_factor", part, f"an even number of channels of {head_dim}")
     scaling = options["rope_scaling"]
+    if isinstance(scaling, YarnScaling) and options["rope_theta"] <= 1:
+        refuse("rope_theta", options["rope_theta"], "more than 1 for 'yarn'")
     if isinstance(scaling, DynamicScaling) and rotary_dim == 2:
         raise ValueError("rope_scaling of type 'dynamic' needs more than 2 channels")
     if isinstance(scaling, LongScaling):

@@ -56,6 +56,7 @@ def _gemma(
     windows: int,
     fixed: Mapping[str, Any],
     defaults: Mapping[str, Any],
+    options: tuple[str, ...] = (),
 ) -> Family:
     """What Gemma 2 and 3 have in common, and what not."""
     common = {
@@ -67,10 +68,7 @@ def _gemma(
         architecture,
         fixed={"norms": "both", "norm_offset": 1.0, "scale_embeddings": True, **fixed},
         defaults={**common, **defaults},
-        options=(
-            *("query_pre_attn_scalar", "attn_logit_softcapping"),
-            "final_logit_softcapping",
-        ),
+        options=("query_pre_attn_scalar", "final_logit_softcapping", *options),
         neutral={"use_bidirectional_attention": False},
         biases=_ALL_BIASES,
         activation="hidden_activation",
@@ -117,6 +115,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _gemma(
         "Gemma2ForCausalLM",
         windows=2,
+        options=("attn_logit_softcapping",),
         fixed={},
         defaults={
             **{"max_position_embeddings": 8192},
@@ -139,7 +138,10 @@ FAMILIES: Mapping[str, Family] = {
             **{"original_max_position_embeddings": 4096},
             **{"bos_token_id": 1, "eos_token_id": 32000},
         },
-        neutral={"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        neutral={
+            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+            **{"full_attn_mod": 1, "interpolate_factor": 1},
+        },
         windows="all",
         fused=True,
         partial_rotary=True,

@@ -7,7 +7,7 @@ refused.
 from collections.abc import Mapping
 from typing import Any
 
-from ._checks import check_bool, check_choice, check_positive, check_size
+from ._checks import check_bool, check_choice, check_positive, check_size, is_int, refuse
 from ._families import FAMILIES, Family, family_of
 from ._rope import publish_scaling, read_scaling, Scaling
 
@@ -31,23 +31,15 @@ _USUAL = {
 }
 _NULLABLE = {name for name, value in _USUAL.items() if value is None}
 _AS_THEY_ARE = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-# Options that would change what is computed, with the value that means "not used".
-_NEUTRAL = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-    "sliding_window": None,
-    "use_mrope": False,
-}
+# The options that are off at another value than false or 0.
+_NEUTRAL = {"is_causal": True, "pretraining_tp": 1}
 _HARMLESS = {
     *("model_type", "transformers_version", "_name_or_path", "auto_map"),
     *("torch_dtype", "dtype", "use_cache", "initializer_range", "pad_token_id"),
     *("cache_implementation", "output_attentions", "output_hidden_states"),
     *("return_dict", "is_llama_config", "transformers.js_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
-    *("unsloth_fixed", "unsloth_version"),
+    *("unsloth_fixed", "unsloth_version", "max_sequence_length"),
 }
 # Read here or by `_check_supported`, in any family.
 _READ = {
@@ -157,7 +149,8 @@ def _check_architectures(published: Mapping[str, Any], family: Family) -> None:
     if found is None:
         return
     # Early files say "LLaMAForCausalLM".
-    if [str(name).lower() for name in found] != [family.architecture.lower()]:
+    names = [str(name).lower() for name in found] if isinstance(found, list) else None
+    if names != [family.architecture.lower()]:
         raise ValueError(
             f"architectures {found!r} is not supported (only {family.architecture!r} "
             f"of {published['model_type']!r})"
@@ -183,6 +176,8 @@ def _neutral_of_others(published: Mapping[str, Any], family: Family) -> dict[str
         again["hidden_act"] = published.get(family.activation) or usual
     if isinstance(family.windows, int):
         again |= {name: family.windows for name in _PATTERN}
+        window = published.get("sliding_window") or family.defaults["sliding_window"]
+        again["sliding_window_size"] = window
     return again
 
 
@@ -205,17 +200,18 @@ def _read_windows(said: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if family.windows == "upper":
         check_bool("use_sliding_window", said.get("use_sliding_window", False))
         window = window if said.get("use_sliding_window", False) else None
+    usual = _usual_types(said, family) if window is not None else []
     types = said["layer_types"]
     if types is None:
-        types = _usual_types(said, family) if window is not None else []
+        types = usual
     elif not isinstance(types, list) or len(types) != num_layers:
         raise ValueError(f"layer_types {types!r} must be a list of {num_layers}")
+    elif not family.lists_layers and types != (usual or [FULL] * num_layers):
+        raise ValueError(f"layer_types {types!r} is not supported")
     for kind in types:
         check_choice("layer_types", kind, (FULL, WINDOW))
     if WINDOW not in types:
         return {}
-    if not family.lists_layers and family.windows != "all":
-        raise ValueError(f"layer_types {types!r} is not supported")
     if window is None:
         raise ValueError(f"layer_types {types!r} contradicts sliding_window None")
     check_size("sliding_window", window)
@@ -228,12 +224,14 @@ def _usual_types(said: Mapping[str, Any], family: Family) -> list[str]:
         return [WINDOW] * num_layers
     if family.windows == "upper":
         first = said.get("max_window_layers", 28)
+        if not (is_int(first) and first >= 0):
+            refuse("max_window_layers", first, "a whole number from 0 on")
         return [WINDOW if i >= first else FULL for i in range(num_layers)]
     if isinstance(family.windows, int):
         every = next((said[key] for key in _PATTERN if key in said), family.windows)
         check_size("sliding_window_pattern", every)
         return [FULL if (i + 1) % every == 0 else WINDOW for i in range(num_layers)]
-    return []
+    return [FULL] * num_layers
 
 
 def _publish_windows(options: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def _blend(frequencies: Frequencies, factor: float, kept: Frequencies) -> Freque
 
 # Which keys each kind must have, and which it may.
 _REQUIRED = {
+    "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -191,6 +192,7 @@ _REQUIRED = {
     "longrope": ("short_factor", "long_factor"),
 }
 _OPTIONAL = {
+    "default": (),
     "linear": (),
     "dynamic": (),
     "llama3": ("original_max_position_embeddings",),
@@ -221,10 +223,8 @@ def read_scaling(
     """
     kind = published.get("rope_type", published.get("type", "default"))
     given = {key: x for key, x in published.items() if key not in _OF_ALL and x is not None}
-    known = (
-        () if kind == "default" else (*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ()))
-    )
-    if (kind != "default" and kind not in _REQUIRED) or set(given) - set(known):
+    # Not by `in` the dictionary: what a file holds need not be hashable.
+    if kind not in [*_REQUIRED] or set(given) - {*_REQUIRED[kind], *_OPTIONAL[kind]}:
         raise ValueError(f"{name} {dict(published)!r} is not supported")
     if kind == "default":
         return None
@@ -274,6 +274,9 @@ def _build(kind: str, given: dict[str, Any], max_position_embeddings: int) -> Sc
         sharper = 1 + 0.1 * math.log(max(given["factor"], 1.0))
         given.setdefault("attention_factor", sharper)
         return YarnScaling(**given, original_max_position_embeddings=original)
+    if original == 1:
+        # By its logarithm the logits' factor is divided.
+        refuse("original_max_position_embeddings", original, "more than 1")
     longer = given.pop("factor", max_position_embeddings / original)
     given.setdefault("attention_factor", _long_attention_factor(longer, original))
     given |= {key: tuple(map(float, given[key])) for key in _REQUIRED[kind]}

@@ -68,8 +68,25 @@ class Conversation:
 
 
 def whole_chat(job: Job) -> Job:
-    """A job as long as the conversation may become, of which `job` makes the turns."""
-    return dataclasses.replace(job, max_new_tokens=job.max_len)
+    """A job as long as the conversation may become, of which `job` makes the turns.
+
+    No longer either: a model may turn its positions by how long a row can become.
+    """
+    return dataclasses.replace(job, max_new_tokens=job.max_len, burst=1)
+
+
+def turn_of(job: Job, prompt: tuple[int, ...], number: int) -> Job:
+    """The job of one turn, whose cache is that of `whole_chat`."""
+    num_bursts = -(-job.room(prompt) // job.burst)
+    has_room = len(prompt) + num_bursts * job.burst <= job.max_len
+    return dataclasses.replace(
+        job,
+        prompts=(prompt,),
+        # The cache has no room for tokens that are not wanted.
+        burst=job.burst if has_room else 1,
+        # Each turn has draws of its own.
+        seed=(job.seed + number) % 2**32,
+    )
 
 
 def chat(
@@ -99,12 +116,7 @@ def chat(
     turns: list[Progress] = []
     for text in _turns(options):
         conversation = _prompted(conversation.ask(text), template, codec, job)
-        turn = dataclasses.replace(
-            job,
-            prompts=(conversation.tokens,),
-            # Each turn has draws of its own.
-            seed=(job.seed + len(turns)) % 2**32,
-        )
+        turn = turn_of(job, conversation.tokens, len(turns))
         stream = Stream(codec, turn.prompts, ("",), write) if options.stream else None
         progress = last_progress(run(model, turn, held), stream)
         results += results_of((text,), codec, turn.prompts, progress)
@@ -123,6 +135,8 @@ def _prompted(
 ) -> Conversation:
     try:
         prompted = conversation.prompt(template, codec)
+        if not prompted.tokens:
+            refuse("the chat template and the tokenizer leave nothing of this turn")
         codec.check(prompted.tokens)
     except ValueError as error:
         refuse(str(error))

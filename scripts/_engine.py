@@ -214,8 +214,15 @@ class Job:
             "num_kv_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
             "num_seqs": bucket(len(self.prompts)),
-            "max_len": bucket(max(lens), MIN_LEN),
+            "max_len": self._row_len(max(lens), config.short_len),
         }
+
+    def _row_len(self, length: int, short_len: int | None) -> int:
+        """Rounded up, but not so far that a model takes the row for a long one."""
+        rounded = bucket(length, MIN_LEN)
+        # Of whole pages.
+        short = (short_len or 0) // self.page_size * self.page_size
+        return min(rounded, short) if length <= short else rounded
 
 
 @dataclasses.dataclass(frozen=True)

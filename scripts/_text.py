@@ -25,12 +25,11 @@ class Codec:
     stops: tuple[str, ...] = ()
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """The prompt's tokens, with the token that every text begins with, if any."""
-        tokens = self.tokenizer.encode(prompt).ids
-        first = self.config.bos_token_id
-        if first is not None and tokens[:1] != [first]:
-            tokens = [first, *tokens]
-        return tuple(tokens)
+        """The prompt's tokens, and those that the tokenizer puts around every text.
+
+        Those alone: a configuration may name a first token that no text begins with.
+        """
+        return tuple(self.tokenizer.encode(prompt).ids)
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:
         """The tokens of a text in which the special ones are written out."""

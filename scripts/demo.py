@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from ._draw_pages import draw_pages
 from ._engine import bucket, Clock, Program
 from ._options import EMBEDDED_MODEL
+from ._programs import keep_programs
 
 
 PAGE_SIZE = 16
@@ -162,4 +163,5 @@ def main(seed: int = SEED) -> int:
 
 
 if __name__ == "__main__":
+    keep_programs()
     sys.exit(main())

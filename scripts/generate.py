@@ -26,6 +26,7 @@ from ._output import (
     Stream,
     summary_of,
 )
+from ._programs import keep_programs
 from ._text import Codec
 
 
@@ -131,17 +132,25 @@ def _job(
     max_len: int,
 ) -> Job:
     temperature = jnp.float32(options.temperature)
+    longest = min(max_len, max(map(len, prompts)) + options.max_new_tokens)
     return Job(
         prompts=prompts,
         max_new_tokens=options.max_new_tokens,
         max_len=max_len,
         page_size=options.page_size,
-        burst=1 if options.stream else BURST,
+        burst=_burst(options, longest, codec.config.short_len),
         stop_tokens=codec.stop_tokens,
         keep=codec.keep,
         sampler=Temperature(temperature) if options.temperature else eqx_paged.greedy,
         seed=options.seed,
     )
+
+
+def _burst(options: Options, longest: int, short_len: int | None) -> int:
+    """Tokens between two looks at a continuation."""
+    # What the last burst makes in vain must not make a model take a row for a long one.
+    is_tight = short_len is not None and longest <= short_len < longest + BURST - 1
+    return 1 if options.stream or is_tight else BURST
 
 
 def _continue(
@@ -182,6 +191,7 @@ def _silence_stdout() -> None:
 
 
 if __name__ == "__main__":
+    keep_programs()
     _ready_streams()
     try:
         main()

@@ -259,6 +259,11 @@ def test_a_prompt_may_be_read_before_its_last_token(model):
     tails = tuple(tokens[-1:] for tokens in PROMPTS)
     generation, _ = generate(model, cache, tails)
     assert answers(generation) == expected(PROMPTS)
+    # With no room for more than that token, no prompt is read at all.
+    narrow, lens = padded(tails)
+    generation, cache = generate_padded(model, cache, narrow[:, :1], lens)
+    assert answers(generation) == expected(PROMPTS)
+    assert cache.kv_lens.tolist() == held(PROMPTS, expected(PROMPTS))
 
 
 def test_a_second_turn_reads_its_own_text_only(model):
@@ -369,8 +374,8 @@ def test_misuse_is_told_before_any_work(model, no_type_hook):
     prompts, lens = padded(PROMPTS)
     call = ft.partial(eqx_paged.generate, model)
 
-    many = padded((*PROMPTS, (1,)))
-    assert {"5", "4"} <= set(before_work(lambda: call(cache, *many, **options)).split())
+    none = jnp.zeros((0, 3), jnp.int32), ints([])
+    assert "0" in before_work(lambda: call(cache, *none, **options))
     # More tokens than a row has room for.
     long = jnp.zeros((1, MAX_LEN + 1), jnp.int32), ints([MAX_LEN + 1])
     message = before_work(lambda: call(cache, *long, **options))
@@ -553,6 +558,22 @@ def test_the_model_is_traced_once_a_kind_of_step(model):
     generate(model, empty(num_pages=18), PROMPTS)
     kinds = [kind for kind, _ in TRACES[traces:]]
     assert sorted(kinds) == ["decode", "mixed"]
+
+
+@pytest.mark.parametrize(
+    "max_prompt_len, max_new_tokens, kind",
+    ((MAX_PROMPT_LEN, 0, "mixed"), (MAX_PROMPT_LEN, 1, "mixed"), (1, 0, "mixed"))
+    + ((1, 1, "decode"), (1, 5, "decode")),
+)
+def test_a_loop_that_never_turns_is_not_compiled(
+    model, max_prompt_len, max_new_tokens, kind
+):
+    traces = len(TRACES)
+    prompts = jnp.zeros((NUM_SEQS, max_prompt_len), jnp.int32)
+    lens = jnp.ones(NUM_SEQS, jnp.int32)
+    cache = empty(num_pages=19)
+    generate_padded(model, cache, prompts, lens, max_new_tokens=max_new_tokens)
+    assert [kind for kind, _ in TRACES[traces:]] == [kind]
 
 
 def test_what_is_data_compiles_nothing(model):

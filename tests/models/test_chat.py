@@ -127,6 +127,7 @@ def test_the_text_ends_with_the_answer_if_no_other_is_to_begin():
             "ab",
         ),
         ("{% generation %}a{{ eos_token }}{% endgeneration %}b", "a</s>b"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{% endgeneration %}{{ x }}", "1"),
         ("{{ unk_token }}{{ tools is none }}{{ documents is none }}", "TrueTrue"),
         ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),
     ],
@@ -214,6 +215,7 @@ def test_the_default_of_several_templates_is_meant(tmp_path):
         ({"tokenizer_config": "{"}, "tokenizer_config.json: not valid JSON"),
         ({"chat_template": "{% if %}"}, "chat_template.jinja: not a chat template"),
         ({"chat_template": "{{ x"}, "chat_template.jinja: not a chat template"),
+        ({"chat_template": "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}"}, "recursion"),
     ],
 )
 def test_what_is_no_template_is_told(tmp_path, files, says):

@@ -76,12 +76,16 @@ def test_one_end_several_or_none(published_ids, ids):
         ("model_type", None),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
+        ("architectures", 5),
+        ("is_causal", False),
         ("rope_scaling", {"rope_type": "proportional", "factor": 8.0}),
         ("rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": [1]}),
         ("rope_scaling", {"type": "linear", "factor": 2.0, "extra": 1}),
         ("rope_scaling", {"type": "yarn", "factor": 2.0, "mscale": 1.0}),
         ("rope_scaling", {"rope_type": "default", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": ["yarn"], "factor": 2.0}),
         ("rope_scaling", "linear"),
+        ("rope_scaling", {"rope_type": ["linear"], "factor": 2.0}),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
         ("attention_dropout", 0.1),
         ("hidden_act", "gelu"),
@@ -90,6 +94,7 @@ def test_one_end_several_or_none(published_ids, ids):
         ("layer_types", ["sliding_attention", "full_attention"]),
         ("query_pre_attn_scalar", 24),
         ("sliding_window", 128),
+        ("sliding_window_size", 128),
         ("quantization_config", {"bits": 4}),
         ("partial_rotary_factor", 0.5),
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
@@ -108,6 +113,8 @@ def test_an_option_that_is_not_supported_is_named(name, value):
         ("vocab_size", 0),
         ("vocab_size", "97"),
         ("hidden_size", 48.0),
+        ("hidden_size", 10**400),
+        ("head_dim", 2**31),
         ("num_hidden_layers", -1),
         ("num_attention_heads", True),
         ("num_attention_heads", 0),
@@ -154,6 +161,8 @@ def test_contradictions_name_both_values():
     types = ["sliding_attention", "full_attention"]
     with pytest.raises(ValueError, match="sliding_attention.* contradicts .* None"):
         DecoderConfig.from_dict(published(**windows, layer_types=types))
+    with pytest.raises(ValueError, match="sliding_window_size 64 is not supported"):
+        DecoderConfig.from_dict(published(**windows, sliding_window_size=64))
 
 
 def test_all_missing_keys_are_named_together():
@@ -187,6 +196,11 @@ SAID = {
             **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
         },
     },
+    "Vicuna 1.5": {
+        **{"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32},
+        **{"max_sequence_length": 16384, "max_position_embeddings": 4096},
+        "rope_scaling": {"factor": 4.0, "type": "linear"},
+    },
     "SmolLM2": {
         **{"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9},
         **{"num_key_value_heads": 3, "is_llama_config": True, "rope_interleaved": False},
@@ -213,6 +227,7 @@ SAID = {
     "Gemma 2": {
         **{"model_type": "gemma2", "hidden_size": 2304, "num_attention_heads": 8},
         **{"num_key_value_heads": 4, "sliding_window": 4096, "head_dim": 256},
+        **{"sliding_window_size": 4096, "final_logit_softcapping": 30.0},
         **{"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
         **{"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
     },
@@ -229,6 +244,17 @@ SAID = {
         **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
         "rope_scaling": {
             **{"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
+        },
+    },
+    "Phi 4 mini": {
+        **{"model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 24},
+        **{"num_key_value_heads": 8, "sliding_window": 262144, "mlp_bias": False},
+        **{"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False},
+        **{"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},
+        **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096},
+        **{"partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+        "rope_scaling": {
+            **{"short_factor": [1] * 48, "long_factor": [4.0] * 48, "type": "longrope"},
         },
     },
     "OLMo 2": {
@@ -270,6 +296,77 @@ def test_windows_are_where_each_family_has_them():
     assert windows("Gemma 3") == ([512] * 5 + [None]) * 2
     types = ["full_attention"] * 3 + ["sliding_attention"]
     assert windows("Gemma 2", layer_types=types) == [None, None, None, 4096]
+    all_alike = ["sliding_attention"] * 4
+    assert windows("Mistral 7B v0.1", layer_types=all_alike) == [4096] * 4
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    (
+        # Others take a window for all layers of these, whatever the list says.
+        ("Mistral 7B v0.1", {"layer_types": ["full_attention"] * 4}),
+        (
+            "Phi 3.5",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        ),
+        ("Gemma 2", {"sliding_window_size": 2048}),
+        # Others have the key, and compute nothing with it.
+        ("Gemma 3", {"attn_logit_softcapping": 50.0}),
+        ("Phi 4 mini", {"full_attn_mod": 2}),
+        ("Phi 4 mini", {"interpolate_factor": 2}),
+        ("Phi 4 mini", {"lm_head_bias": True}),
+    ),
+)
+def test_what_a_family_does_not_compute_is_named(name, change):
+    (key,) = change
+    with pytest.raises(ValueError, match=f"{key} .* is not supported"):
+        DecoderConfig.from_dict({**SIZES, **SAID[name], **change})
+
+
+def test_an_original_length_of_one_is_named():
+    with pytest.raises(ValueError, match="original_max_position_embeddings must be"):
+        changes = {"original_max_position_embeddings": 1}
+        DecoderConfig.from_dict({**SIZES, **SAID["Phi 3.5"], **changes})
+
+
+@pytest.mark.parametrize("value", ("21", -1, 1.5))
+def test_max_window_layers_that_makes_no_sense_is_named(value):
+    used = {"use_sliding_window": True, "max_window_layers": value}
+    with pytest.raises(ValueError, match="max_window_layers must be"):
+        DecoderConfig.from_dict({**SIZES, **SAID["Qwen2.5"], **used})
+
+
+def test_layer_types_that_a_family_does_not_look_at_are_refused():
+    """transformers takes the window for all layers of these, whatever the types say."""
+    mistral = {**SIZES, **SAID["Mistral 7B v0.1"]}
+    for types in (["full_attention"] * 4, ["full_attention", "sliding_attention"] * 2):
+        with pytest.raises(ValueError, match="layer_types .* is not supported"):
+            DecoderConfig.from_dict({**mistral, "layer_types": types})
+    same = DecoderConfig.from_dict({**mistral, "layer_types": ["sliding_attention"] * 4})
+    assert same == DecoderConfig.from_dict(mistral)
+
+
+@pytest.mark.parametrize(
+    "model, key, changes",
+    (
+        ("Qwen2.5", "max_window_layers", {"max_window_layers": "3"}),
+        ("Qwen3", "max_window_layers", {"max_window_layers": -1}),
+        (
+            *("Phi 3.5", "original_max_position_embeddings"),
+            {"original_max_position_embeddings": 1},
+        ),
+        (
+            *("Mistral 7B v0.3", "rope_theta"),
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        ),
+    ),
+)
+def test_a_value_that_makes_no_sense_in_a_family_is_named(model, key, changes):
+    changed = {**SIZES, **SAID[model], **changes}
+    if key == "max_window_layers":
+        changed |= {"use_sliding_window": True, "sliding_window": 128}
+    with pytest.raises(ValueError, match=f"^{key} must be"):
+        DecoderConfig.from_dict(changed)
 
 
 def test_each_family_computes_what_sets_it_apart():

@@ -2,12 +2,18 @@
 installed.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
+import torch
+import transformers
+from scripts import generate
 from scripts._fixture_cases import Case, CASES, ROPE_CASES
 from scripts.make_fixtures import EXPECTED, in_steps, load, make, make_rope, ROOT, save
 
@@ -85,3 +91,94 @@ def test_what_is_saved_is_loaded_by_transformers(tmp_path):
     assert jax.tree.structure(models.load_checkpoint(tmp_path)) == jax.tree.structure(
         decoder
     )
+
+
+# --- The command line
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>"
+    "{{ message.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TURNS = ("one two", "three", "four five six")
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """A model with its tokenizer and its template, all as transformers saves them."""
+    specials = ["<bos>", "<end>", "<user>", "<assistant>"]
+    names = [*specials, *" ".join(TURNS).split(), *(f"w{i}" for i in range(87))]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<end>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(specials)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<end>"
+    )
+    wrapped.chat_template = TEMPLATE
+    save(CASES["qwen3"], np.random.default_rng(2), tmp_path)
+    # It says words only: a special token is not in the text that is read again.
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.numpy.load_file(path)
+    weights["lm_head.weight"][: len(specials)] = 0
+    safetensors.numpy.save_file(weights, path, {"format": "pt"})
+    wrapped.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@torch.no_grad()
+def answers(directory, num_new):
+    """What transformers answers to the turns, each with the whole conversation anew."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model, messages, found = load(directory), [], []
+    for turn in TURNS:
+        messages.append({"role": "user", "content": turn})
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        made = model.generate(
+            **prompt, max_new_tokens=num_new, do_sample=False, pad_token_id=0
+        )[0, prompt["input_ids"].shape[1] :].tolist()
+        found.append((prompt["input_ids"][0].tolist(), made))
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+    return found
+
+
+def test_a_chat_is_answered_as_by_transformers(chat_model, capsys):
+    turns = [part for turn in TURNS for part in ("--prompt", turn)]
+    options = ("--max-new-tokens", "9", "--dtype", "float32", "--json")
+    generate.main(["--model", str(chat_model), "--chat", *turns, *options])
+    results = json.loads(capsys.readouterr().out)["results"]
+    for result, (prompt, made) in zip(results, answers(chat_model, 9)):
+        assert result["num_prompt_tokens"] == len(prompt)
+        assert result["tokens"] == made
+    assert results[2]["num_cached_tokens"] > results[1]["num_prompt_tokens"]
+
+
+@pytest.mark.parametrize("adds", (True, False))
+def test_a_prompt_is_continued_as_by_transformers(chat_model, capsys, adds):
+    """Also where the configuration names a first token that the tokenizer does not add."""
+    tokenizer = json.loads((chat_model / "tokenizer.json").read_text())
+    if adds:
+        first = {"id": "<bos>", "ids": [0], "tokens": ["<bos>"]}
+        single = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}]
+        single.append({"Sequence": {"id": "A", "type_id": 0}})
+        tokenizer["post_processor"] = {
+            **{"type": "TemplateProcessing", "single": single, "pair": single},
+            "special_tokens": {"<bos>": first},
+        }
+        (chat_model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert json.loads((chat_model / "config.json").read_text())["bos_token_id"] == 1
+    options = ("--max-new-tokens", "9", "--dtype", "float32", "--json")
+    generate.main(["--model", str(chat_model), "--prompt", TURNS[2], *options])
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    wrapped = transformers.AutoTokenizer.from_pretrained(chat_model)
+    prompt = wrapped(TURNS[2], return_tensors="pt")
+    assert prompt["input_ids"].shape[1] == result["num_prompt_tokens"] == 3 + adds
+    made = load(chat_model).generate(
+        **prompt, max_new_tokens=9, do_sample=False, pad_token_id=0
+    )
+    assert result["tokens"] == made[0, prompt["input_ids"].shape[1] :].tolist()

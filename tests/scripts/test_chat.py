@@ -27,8 +27,8 @@ FORGETFUL = TEMPLATE.replace(
     "{{ message.content if message.role == 'user' else message.content[3:] }}",
 )
 END = SPECIAL.index("<end>")
-# With the rest of a burst, as many tokens as the least of a cache's rows may have.
-MAX_LEN = 121
+# As many tokens as the least of a cache's rows may have.
+MAX_LEN = 128
 TURNS = ("w1 w2 w3", "w4", "w5 w6")
 
 
@@ -289,6 +289,35 @@ def test_a_stop_text_ends_an_answer(results, chat_dir, answer_from_scratch):
     assert second["tokens"] == answer_from_scratch(prompt, 6)[: len(second["tokens"])]
 
 
+@pytest.mark.parametrize("stream", ((), ("--stream",)), ids=("bursts", "stream"))
+def test_room_that_is_made_in_vain_does_not_choose_the_long_factors(
+    results, chat_dir, tmp_path, stream
+):
+    import models
+
+    for file in chat_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((chat_dir / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 4 * i for i in range(8)]}
+    changes = {
+        **{"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]},
+        **{"max_position_embeddings": 384, "original_max_position_embeddings": 96},
+        **{"rope_parameters": None, "rope_scaling": {"type": "longrope", **factors}},
+    }
+    config = models.DecoderConfig.from_dict({**config, **changes})
+    model = _random(models.Decoder, config)
+    models.save_checkpoint(model, tmp_path)
+    made = results(tmp_path, TURNS[:1], "--max-len", "96", *stream)
+    tokens = rendered(made, 0)
+    forward = quick_jit(lambda tokens: model.unembed(model.dense(tokens)[0]))
+    for token in made[0]["tokens"]:
+        # As long as short rows may be.
+        padded = np.zeros((1, 96), np.int32)
+        padded[0, : len(tokens)] = tokens
+        assert token == int(jnp.argmax(forward(padded)[len(tokens) - 1]))
+        tokens.append(token)
+
+
 def test_the_pages_at_the_end_hold_the_conversation_but_its_last_token(chat, chat_dir):
     made = json.loads(chat(chat_dir, TURNS, "--json").out)
     last = made["results"][-1]
@@ -304,6 +333,36 @@ def test_an_answer_ends_where_the_conversation_is_full(results, chat_dir):
     assert cut["tokens"] == first["tokens"][:3] and cut["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("left", (8, 7, 1))
+def test_a_conversation_may_fill_all_that_the_model_reads(
+    results, chat_dir, answer_from_scratch, left
+):
+    num_words = MAX_LEN - left - len(("<bos>", "<user>", "<end>", "<model>"))
+    turn = " ".join(WORDS[i % len(WORDS)] for i in range(num_words))
+    (made,) = results(chat_dir, (turn,), "--max-new-tokens", "12")
+    assert made["num_prompt_tokens"] == MAX_LEN - left
+    assert made["tokens"] == answer_from_scratch(rendered([made], 0), left)
+    assert made["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("max_new_tokens", (3, 16, 512))
+def test_a_chats_rows_are_no_longer_than_it_may_become(max_new_tokens):
+    """Phi-3's positions are others where rows may be longer than 4096."""
+    import models
+    from scripts._chat import turn_of, whole_chat
+    from scripts._engine import Job
+
+    config = models.DecoderConfig(64, 32, 64, 1, 2, 1, 16)
+    job = Job(prompts=((),), max_new_tokens=max_new_tokens, max_len=4096)
+    assert whole_chat(job).cache_shape(config)["max_len"] == 4096
+    for length in range(3500, 4096):
+        turn = turn_of(job, (1,) * length, number=0)
+        room = min(max_new_tokens, 4096 - length)
+        num_made = -(-room // turn.burst) * turn.burst
+        assert turn.room(turn.prompts[0]) == room and length + num_made <= 4096
+        assert turn.burst == (8 if length + -(-room // 8) * 8 <= 4096 else 1)
+
+
 def test_a_turn_for_which_there_is_no_room_is_refused(capsys, chat, chat_dir):
     said = refusal(capsys, chat, chat_dir, (" ".join(WORDS),), "--max-len", "64")
     assert "64 tokens; with --max-len 64 it may have at most 63" in said
@@ -314,6 +373,8 @@ def test_a_turn_for_which_there_is_no_room_is_refused(capsys, chat, chat_dir):
     [
         ("{{ raise_exception('no users') }}", "the chat template fails: no users"),
         ("{% if %}", "chat_template.jinja: not a chat template"),
+        ("{{ '\\ud800' }}", "the chat template fails: 'utf-8' codec"),
+        ("", "the chat template and the tokenizer leave nothing of this turn"),
     ],
 )
 def test_a_template_that_fails_is_refused(capsys, chat, changed, template, says):

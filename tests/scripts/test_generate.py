@@ -139,21 +139,19 @@ def test_the_json_adds_up(report):
 
 @pytest.fixture
 def model_without_bos(model_dir, tmp_path):
-    """As `model_dir`, but nothing is put before a prompt, and blanks around it go."""
+    """As `model_dir`, but its tokenizer puts nothing before a prompt, whatever first token
+    the configuration names, and blanks around a prompt go."""
     for file in model_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
-    changes = {
-        "config.json": {"bos_token_id": None},
-        "tokenizer.json": {"post_processor": None, "normalizer": strip},
-    }
-    for name, change in changes.items():
-        file = tmp_path / name
-        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    file = tmp_path / "tokenizer.json"
+    change = {"post_processor": None, "normalizer": strip}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     return str(tmp_path)
 
 
-def test_a_prompt_of_one_token_leaves_nothing_to_prefill(report, model_without_bos):
+def test_only_the_tokenizer_puts_a_token_before_a_prompt(report, model_without_bos):
+    """Not the configuration, though it names one. One token leaves nothing to prefill."""
     made = report(*prompts("a"), "--model", model_without_bos)
     assert made["num_prompt_tokens"] == 1
     assert made["prefill_tokens_per_second"] is None

@@ -1,0 +1,224 @@
+"""The suite `generate`: greedy generation with random weights, by ours and by peers."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from .agree import Audit, compare, ROUNDING
+from .measure import in_turn
+from .process import Broken, ours, Process
+from .record import memory_bytes, Row
+from .shapes import checkpoint, CONFIGS, itemsize, num_weights
+from .workloads import chosen_stops, QUICK, REHEARSAL, SHORT, Workload, WORKLOADS
+
+
+OURS = ("paged", "contiguous")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the suite does.
+
+    - `models`: a name of `CONFIGS` and a dtype each.
+    - `quick`: without what takes long.
+    - `peers`: by name, a command that serves each.
+    - `absent`: by name, why a peer is not among them.
+    - `cache`: the folder of checkpoints and compiled programs.
+    - `out`: where the sides' stderr goes.
+    - `about`: gives the ceiling, and takes the peers' versions.
+    """
+
+    models: tuple[tuple[str, str], ...]
+    quick: bool
+    peers: dict[str, list[str]]
+    absent: dict[str, str]
+    cache: pathlib.Path
+    out: pathlib.Path
+    about: dict[str, Any]
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.quick else 7
+
+    def workloads(self, model: str, dtype: str) -> list[Workload]:
+        if model == "tiny":
+            return list(REHEARSAL)
+        if self.quick:
+            return list(QUICK)
+        return list(WORKLOADS if (model, dtype) == ("135m", "float32") else SHORT)
+
+
+def run(plan: Plan) -> Iterator[Row]:
+    for model, dtype in plan.models:
+        for peers in _groups(plan, model, dtype):
+            yield from _timed_together(plan, model, dtype, peers)
+        shape = {"model": model, "dtype": dtype}
+        for name, reason in plan.absent.items():
+            yield Row(f"{model} {dtype}", shape, name, reason=reason)
+
+
+def _groups(plan: Plan, model: str, dtype: str) -> list[list[str]]:
+    """The peers that are timed together, as many as there is memory for: each side may
+    hold its weights twice while it loads them."""
+    each = 2.5 * num_weights(CONFIGS[model]) * itemsize(dtype)
+    room = max(1, int(memory_bytes() / each) - len(OURS))
+    names = [*plan.peers]
+    return [names[i : i + room] for i in range(0, len(names), room)] or [[]]
+
+
+def _timed_together(plan: Plan, model: str, dtype: str, peers: list[str]) -> Iterator[Row]:
+    root = checkpoint(model, plan.cache)
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Process] = {}
+        broken: dict[str, str] = {}
+        for name in (*OURS, *peers):
+            log = plan.out / f"generate_{model}_{dtype}_{name}.log"
+            process = (
+                ours(name, log, plan.cache / "jax")
+                if name in OURS
+                else Process(name, plan.peers[name], log)
+            )
+            sides[name] = stack.enter_context(process)
+            try:
+                process.ready()
+                if name in peers:
+                    plan.about.update(process.ask("versions"))
+                process.ask("load", checkpoint=str(root), dtype=dtype)
+            except Broken as error:
+                _lose(sides, broken, name, error)
+        for workload in plan.workloads(model, dtype):
+            yield from Contest(plan, model, dtype, workload).rows(sides, broken)
+
+
+def _lose(
+    sides: dict[str, Process], broken: dict[str, str], name: str, error: Broken
+) -> None:
+    if name in OURS:
+        raise error
+    sides.pop(name).close()
+    broken[name] = str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """A workload, of which all sides make the same."""
+
+    plan: Plan
+    model: str
+    dtype: str
+    workload: Workload
+
+    def rows(self, sides: dict[str, Process], broken: dict[str, str]) -> Iterator[Row]:
+        yield from (self._row(name, reason=reason) for name, reason in broken.items())
+        prefix, prompts = self.workload.tokens(CONFIGS[self.model].vocab_size)
+        asked = {"prefix": prefix, "prompts": prompts, "stops": []}
+        asked["max_new_tokens"] = self.workload.max_new_tokens
+        whole = [prefix + prompt for prompt in prompts]
+        audit = _auditor(sides["paged"])
+        ours = sides["paged"].ask("run", **asked)
+        self._check_greedy(whole[0], ours["tokens"][0], audit)
+        if self.workload.stops:
+            asked["stops"] = chosen_stops(ours["tokens"])
+            ours = sides["paged"].ask("run", **asked)
+        reference = ours["tokens"]
+        notes: dict[str, str] = {}
+        for name, side in list(sides.items()):
+            try:
+                answer = ours if name == "paged" else side.ask("run", **asked)
+            except Broken as error:
+                _lose(sides, broken, name, error)
+                yield self._row(name, reason=str(error))
+                continue
+            if "unsupported" in answer:
+                yield self._row(name, reason=answer["unsupported"])
+                continue
+            right, note = compare(answer["tokens"], reference, whole, audit, self.dtype)
+            if right:
+                notes[name] = note
+            elif name in OURS:
+                raise Wrong(f"{name}, {self.workload.name}: {note}")
+            else:
+                yield self._row(name, reason=f"wrong: {note}")
+        sides = {name: sides[name] for name in notes}
+        yield from self._timed(sides, asked, ours, notes)
+
+    def _check_greedy(self, prompt: list[int], tokens: list[int], audit: Audit) -> None:
+        gap = max(audit(prompt + tokens, len(prompt)))
+        if gap > ROUNDING[self.dtype]:
+            raise Wrong(f"paged, {self.workload.name}: a token is {gap:.1e} std off")
+
+    def _timed(
+        self,
+        sides: dict[str, Process],
+        asked: dict[str, Any],
+        ours: dict[str, Any],
+        notes: dict[str, str],
+    ) -> Iterator[Row]:
+        whats = {"all": asked}
+        if self.workload.is_plain and self.workload.max_new_tokens > 1:
+            whats["first"] = {**asked, "max_new_tokens": 1}
+            for side in sides.values():  # which compiles
+                side.ask("run", **whats["first"])
+        runs = {
+            f"{name} {what}": functools.partial(_seconds, side, request)
+            for name, side in sides.items()
+            for what, request in whats.items()
+        }
+        times = in_turn(runs, rounds=self.plan.rounds)
+        for name, side in sides.items():
+            row = self._row(name, note=notes[name])
+            row.seconds.update({what: times[f"{name} {what}"] for what in whats})
+            row.figures.update(self._speeds(row, sum(map(len, ours["tokens"]))))
+            row.figures.update(self._memory(side, ours["cache_bytes"]))
+            yield row
+
+    def _speeds(self, row: Row, num_new: int) -> dict[str, float]:
+        if not self.workload.is_plain:
+            return {"tok_s": num_new / row.median("all")}
+        steps = self.workload.max_new_tokens - 1
+        if steps == 0:
+            return {"prefill_tok_s": self.workload.num_prompt_tokens / row.median("all")}
+        batch = len(self.workload.prompt_lens)
+        decode = row.median("all") - row.median("first")
+        figures = {
+            "tok_s": num_new / row.median("all"),
+            "prefill_tok_s": self.workload.num_prompt_tokens / row.median("first"),
+        }
+        if decode <= 0:  # the steps of a tiny model are lost in the noise
+            return figures
+        weights = num_weights(CONFIGS[self.model]) * itemsize(self.dtype)
+        weight_gb_s = weights * steps / decode / 1e9
+        return {
+            **figures,
+            "decode_tok_s": batch * steps / decode,
+            "weight_gb_s": weight_gb_s,
+            "of_roofline": weight_gb_s / self.plan.about["read_ceiling_gb_s"],
+        }
+
+    def _memory(self, side: Process, cache_bytes: int) -> dict[str, float]:
+        peak = side.ask("peak_bytes")
+        weights = num_weights(CONFIGS[self.model]) * itemsize(self.dtype)
+        return {"peak_gib": peak / 2**30, "of_needed": peak / (weights + cache_bytes)}
+
+    def _row(self, side: str, **others: Any) -> Row:
+        shape = {"model": self.model, "dtype": self.dtype, **self.workload.shape()}
+        return Row(f"{self.model} {self.dtype} {self.workload.name}", shape, side, **others)
+
+
+class Wrong(Exception):
+    """Ours made a token that is not the greedy one."""
+
+
+def _auditor(side: Process) -> Audit:
+    def audit(tokens: list[int], num_prompt_tokens: int) -> list[float]:
+        found = side.ask("audit", tokens=tokens, num_prompt_tokens=num_prompt_tokens)
+        return found["gaps"]
+
+    return audit
+
+
+def _seconds(side: Process, request: dict[str, Any]) -> float:
+    return side.ask("run", **request)["seconds"]

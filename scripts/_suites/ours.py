@@ -1,0 +1,187 @@
+"""Our side of `generate` and `startup`: `python -m scripts._suites.ours KIND`, with KIND
+"paged" or "contiguous". Speaks as `protocol` says."""
+
+import sys
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+from eqx_paged import (
+    generate,
+    Generation,
+    PagedAttention,
+    PagedKVCache,
+    RaggedAttention,
+    RaggedKVCache,
+    RESULTS,
+)
+
+from .._engine import Job, run
+from .protocol import Memory, serve, timed
+
+
+PAGE_SIZE = 64
+MAX_STOPS = 8
+
+Cache = PagedKVCache | RaggedKVCache
+Tokens = list[list[int]]
+
+
+class Ours(Memory):
+    """The decoder of `models` over one of our caches."""
+
+    def __init__(self, kind: str):
+        attention = {"paged": PagedAttention(), "contiguous": RaggedAttention()}
+        self._attention = attention[kind]
+
+    @classmethod
+    def of_random_weights(cls, kind: str, config: models.DecoderConfig) -> "Ours":
+        """As after `load`, always with the same weights."""
+        side = cls(kind)
+        side._model = models.Decoder(
+            config, attention=side._attention, key=jax.random.key(0)
+        )
+        return side
+
+    def load(self, checkpoint: str, dtype: str) -> dict[str, Any]:
+        model = models.load_checkpoint(
+            checkpoint, jnp.dtype(dtype), attention=self._attention
+        )
+        self._model = jax.block_until_ready(model)
+        return {}
+
+    def run(
+        self, prefix: list[int], prompts: Tokens, max_new_tokens: int, stops: list[int]
+    ) -> dict[str, Any]:
+        """Continues `prefix` + each of `prompts`, from an empty cache.
+
+        **Returns:**
+
+        `tokens`, without padding; `seconds`, from tokens to tokens; `cache_bytes`.
+        """
+        run = timed(self._generate)
+        (made, cache), seconds = run(prefix, prompts, max_new_tokens, stops)
+        if made.result != RESULTS.successful:
+            raise RuntimeError(RESULTS[made.result])
+        tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
+        kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        return {"tokens": kept, "seconds": seconds, "cache_bytes": cache.num_bytes}
+
+    def _generate(
+        self, prefix: list[int], prompts: Tokens, max_new_tokens: int, stops: list[int]
+    ) -> tuple[Generation, Cache]:
+        if not isinstance(self._attention, PagedAttention):
+            prompts = [prefix + prompt for prompt in prompts]
+            prefix = []
+        cache = self._empty_cache(prefix, prompts, max_new_tokens)
+        if prefix:
+            cache = _shared(self._model, cache, prefix, len(prompts))
+        made, cache = _extend(
+            (self._model, *_padded(prompts), _stops(stops)), cache, max_new_tokens
+        )
+        return jax.block_until_ready((made, cache))
+
+    def _empty_cache(
+        self, prefix: list[int], prompts: Tokens, max_new_tokens: int
+    ) -> Cache:
+        config = self._model.config
+        lens = [len(prompt) + max_new_tokens for prompt in prompts]
+        shape = {
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "num_seqs": len(prompts),
+            "max_len": len(prefix) + max(lens),
+            "dtype": self._model.embed_tokens.weight.dtype,
+        }
+        if not isinstance(self._attention, PagedAttention):
+            return RaggedKVCache.empty(**shape)
+        # The prefix once, then each row's own tokens, the first in a page with its end.
+        own = [_num_pages(length + len(prefix) % PAGE_SIZE) for length in lens]
+        num_pages = _num_pages(len(prefix)) + sum(own)
+        return PagedKVCache.empty(num_pages=num_pages, page_size=PAGE_SIZE, **shape)
+
+    def first(self, prompt: list[int]) -> dict[str, float]:
+        """The first token as `scripts.generate --stream` makes it, compiling what is not
+        compiled yet; gives the seconds that the compiler took."""
+        compiling = []
+
+        def listen(event: str, duration_secs: float, **_: object) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiling.append(duration_secs)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        job = Job((tuple(prompt),), max_new_tokens=128, page_size=PAGE_SIZE, burst=1)
+        next(run(self._model, job))
+        return {"of it compiling": sum(compiling)}
+
+    def audit(self, tokens: list[int], num_prompt_tokens: int) -> dict[str, Any]:
+        """How far each token after the prompt is from the greedy choice, by attention
+        without a cache: its logit below the largest, in standard deviations of the
+        logits."""
+        gaps = _gaps(self._model, jnp.asarray(tokens, jnp.int32), num_prompt_tokens)
+        return {"gaps": np.asarray(gaps).tolist()}
+
+
+def _num_pages(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_SIZE)
+
+
+def _padded(prompts: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    lens = np.array([len(prompt) for prompt in prompts], np.int32)
+    padded = np.zeros((len(prompts), lens.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    return padded, lens
+
+
+def _stops(stops: list[int]) -> np.ndarray:
+    # Their number is a shape; no token is -1.
+    padded = np.full(MAX_STOPS, -1, np.int32)
+    padded[: len(stops)] = stops
+    return padded
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _extend(inputs, cache, max_new_tokens):
+    model, prompts, prompt_lens, stops = inputs
+    return generate(
+        model,
+        cache,
+        prompts,
+        prompt_lens,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stops,
+        throw=False,
+    )
+
+
+def _shared(model: models.Decoder, cache: Cache, prefix: list[int], num_rows: int) -> Cache:
+    """With `prefix` in all rows, and once in memory."""
+    prompts = np.zeros((num_rows, len(prefix)), np.int32)
+    prompts[0] = prefix
+    lens = np.zeros(num_rows, np.int32)
+    lens[0] = len(prefix)
+    _, cache = _extend((model, prompts, lens, _stops([])), cache, 0)
+    return _forked(cache)
+
+
+@eqx.filter_jit(donate="all")
+def _forked(cache):
+    others = jnp.arange(1, cache.num_seqs, dtype=jnp.int32)
+    return cache.fork(jnp.zeros_like(others), others)[0]
+
+
+@eqx.filter_jit
+def _gaps(model, tokens, num_prompt_tokens):
+    hidden = model.dense(tokens[None, :-1])[0, num_prompt_tokens - 1 :]
+    logits = model.unembed(hidden).astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[num_prompt_tokens:, None], axis=1)[:, 0]
+    return (logits.max(axis=1) - chosen) / logits.std(axis=1)
+
+
+if __name__ == "__main__":
+    serve(Ours(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""What is asked of every side of the benchmark of generation."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Prompts to continue greedily.
+
+    - `prompt_lens`: of each prompt, without the prefix.
+    - `prefix_len`: tokens that all prompts begin with.
+    - `max_new_tokens`: for each prompt.
+    - `stops`: whether prompts end early, each at its own length.
+    """
+
+    name: str
+    prompt_lens: tuple[int, ...]
+    prefix_len: int = 0
+    max_new_tokens: int = 128
+    stops: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether prefill and decode can be told apart: all rows do the same."""
+        return not (self.stops or self.prefix_len) and len(set(self.prompt_lens)) == 1
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.prefix_len * len(self.prompt_lens) + sum(self.prompt_lens)
+
+    def shape(self) -> dict[str, Any]:
+        return {
+            "batch": len(self.prompt_lens),
+            "prompt_lens": list(self.prompt_lens),
+            "prefix_len": self.prefix_len,
+            "max_new_tokens": self.max_new_tokens,
+            "stops": self.stops,
+        }
+
+    def tokens(self, vocab_size: int) -> tuple[list[int], list[list[int]]]:
+        """The prefix, and what follows it in each prompt."""
+        rng = np.random.default_rng(1)
+        lens = (self.prefix_len, *self.prompt_lens)
+        prefix, *prompts = (rng.integers(0, vocab_size, n).tolist() for n in lens)
+        return prefix, prompts
+
+
+WORKLOADS = (
+    Workload("1 x 128", (128,)),
+    Workload("1 x 1024", (1024,)),
+    Workload("8 x 128", (128,) * 8),
+    Workload("8 ragged", (512, 16, 256, 64, 384, 32, 128, 96), stops=True),
+    Workload("8 of one prefix", (16,) * 8, prefix_len=512, max_new_tokens=64),
+)
+# Where steps take long, or for what the others say as well.
+SHORT = tuple(dataclasses.replace(x, max_new_tokens=32) for x in WORKLOADS[:3])
+QUICK = (
+    Workload("1 x 128", (128,), max_new_tokens=32),
+    Workload("1 x 1024", (1024,), max_new_tokens=1),
+    Workload("8 x 128", (128,) * 8, max_new_tokens=16),
+)
+# The same in small, to see that all of it works.
+REHEARSAL = (
+    Workload("1 x 8", (8,), max_new_tokens=4),
+    Workload("3 ragged", (9, 2, 5), max_new_tokens=4, stops=True),
+    Workload("2 of one prefix", (2,) * 2, prefix_len=9, max_new_tokens=4),
+)
+
+
+def chosen_stops(tokens: list[list[int]]) -> list[int]:
+    """Tokens to stop at, so that rows that would make `tokens` end one after the other:
+    the first row first."""
+    ends = np.linspace(0, len(tokens[0]), len(tokens) + 1)[1:]
+    return [row[int(end) - 1] for row, end in zip(tokens, ends, strict=True)]

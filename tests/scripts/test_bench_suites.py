@@ -1,0 +1,335 @@
+"""The parts of `scripts.bench`, each for itself."""
+
+import dataclasses
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from .. import oracle
+
+
+# --- Measuring
+
+
+def test_sides_run_in_turn():
+    from scripts._suites.measure import in_turn
+
+    order = []
+
+    def side(name):
+        return lambda: order.append(name) or float(len(order))
+
+    times = in_turn({"a": side("a"), "b": side("b")}, rounds=4)
+    assert order == ["a", "b"] * 4
+    assert times == {"a": [1, 3, 5, 7], "b": [2, 4, 6, 8]}
+
+
+def test_three_rounds_take_place_when_the_time_is_up():
+    from scripts._suites.measure import in_turn
+
+    assert in_turn({"a": lambda: 1.0}, rounds=9, seconds=0.0) == {"a": [1.0] * 3}
+
+
+def test_quartiles():
+    from scripts._suites.measure import quartiles
+
+    assert quartiles([7.0]) == (7, 7, 7)
+    assert quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2, 3, 4)
+
+
+def test_a_cost_is_the_better_the_smaller_it_is():
+    from scripts._suites.record import ratios_of, Row
+
+    figures = {"a": {"tok_s": 6.0, "first_token_s": 6.0}}
+    figures["b"] = {"tok_s": 3.0, "first_token_s": 3.0}
+    rows = [Row("case", {}, side, figures=x) for side, x in figures.items()]
+    rows.append(Row("case", {}, "c", reason="absent"))
+    found = ratios_of(rows, ("tok_s", "first_token_s"), ("a",))
+    assert [(x.side, x.other, x.ratio) for x in found] == [("a", "b", 2), ("a", "b", 0.5)]
+
+
+# --- Attention
+
+
+def contexts():
+    from scripts._suites.contexts import REHEARSAL
+
+    return REHEARSAL
+
+
+def test_pages_and_buffers_hold_the_same_keys():
+    for case in contexts():
+        data = case.data()
+        pool, _ = data.pools()
+        buffer, _ = data.buffers()
+        for row in range(case.num_seqs):
+            for position in range(case.context):
+                page, offset = divmod(position, case.page_size)
+                key = data.k[row, :, position]
+                assert (pool[data.table[row, page], :, offset] == key).all()
+                assert (buffer[row, position] == key).all()
+
+
+def test_every_form_of_ours_is_attention():
+    from scripts._suites.attention import our_sides, TOLERANCE
+
+    for case in contexts():
+        data = case.data()
+        if case.dtype == "bfloat16":
+            rounded = [np.array(jnp.asarray(x, jnp.bfloat16), np.float32) for x in data[:3]]
+            data = data._replace(**dict(zip("qkv", rounded)))
+        for name, side in our_sides(case).items():
+            for row, out in enumerate(np.asarray(side(), np.float32)):
+                length = data.lens[row]
+                k, v = (x[row, :, :length].swapaxes(0, 1) for x in (data.k, data.v))
+                wanted = oracle.attention(data.q[None, row], k, v)[0][0]
+                error = np.abs(out - wanted).max()
+                assert error < TOLERANCE[case.dtype], (name, case.name)
+
+
+def test_a_form_that_is_not_attention_is_not_timed(monkeypatch):
+    from scripts._suites import attention
+
+    sides = attention.our_sides
+
+    def wrong_sides(case):
+        return {**sides(case), "contiguous": lambda: sides(case)["paged"]() + 1}
+
+    monkeypatch.setattr(attention, "our_sides", wrong_sides)
+    with pytest.raises(AssertionError, match="contiguous is 1.0e\\+00 off in 2 x 32"):
+        attention.time_case(contexts()[0], None, 0.1, 1.0)
+
+
+# --- Update
+
+
+@pytest.mark.parametrize("name", ("full", "QUICK", "REHEARSAL"))
+def test_the_smallest_cache_has_room_for_all_steps(name):
+    from scripts._suites import update
+
+    plan = update.Plan() if name == "full" else getattr(update, name)
+    assert plan.rounds <= update.MAX_ROUNDS
+    for dtype in plan.dtypes:
+        for page_size in plan.page_sizes:
+            small = plan.cache_mib[0]
+            case = update.Case(small, small, page_size, dtype)
+            longest = case.tokens_per_row + update.WARM_UP + plan.rounds
+            pages = update.NUM_SEQS * -(-longest // page_size)
+            assert pages * page_size * case.token_bytes <= small * update.MIB
+
+
+# --- Generation
+
+
+def test_a_checkpoint_is_one_that_loads_and_is_always_the_same(tmp_path):
+    import models
+    from scripts._suites.shapes import checkpoint, CONFIGS, num_weights
+
+    first = checkpoint("tiny", tmp_path / "a")
+    second = checkpoint("tiny", tmp_path / "b")
+    weights = (first / "model.safetensors").read_bytes()
+    assert weights == (second / "model.safetensors").read_bytes()
+    model = models.load_checkpoint(first)
+    assert model.config == CONFIGS["tiny"]
+    assert len(weights) == pytest.approx(4 * num_weights(model.config), abs=10_000)
+    # It is not written again.
+    (first / "model.safetensors").write_bytes(b"")
+    assert checkpoint("tiny", tmp_path / "a") == first
+    assert (first / "model.safetensors").read_bytes() == b""
+
+
+def test_the_models_are_of_the_published_sizes():
+    from scripts._suites.shapes import CONFIGS, num_weights
+
+    assert num_weights(CONFIGS["135m"]) == 134_515_008
+    assert num_weights(CONFIGS["1b"]) == 1_235_814_400
+
+
+def test_rows_end_one_after_the_other():
+    from scripts._suites.peers.common import cut
+    from scripts._suites.workloads import chosen_stops
+
+    tokens = np.arange(32).reshape(4, 8).tolist()
+    stops = chosen_stops(tokens)
+    assert [len(cut(row, stops)) for row in tokens] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    "tokens, gaps, right, says",
+    (
+        ([[1, 2, 3], [4, 5]], (), True, ""),
+        ([[1, 2, 3], [4, 6]], (1e-6, 0.0), True, "row 1 differs from token 1 on"),
+        ([[1, 2, 3], [4, 6]], (0.1, 0.0), False, "1.0e-01 std below the largest"),
+        # Neither side's token need be the greedy one.
+        ([[1, 2, 3], [4, 6]], (0.0, 0.1), False, "1.0e-01 std below the largest"),
+        ([[1, 2], [4, 5]], (), False, "row 0 differs from token 2 on: 2 tokens, not 3"),
+    ),
+)
+def test_other_tokens_are_right_only_within_rounding(tokens, gaps, right, says):
+    from scripts._suites.agree import compare
+
+    asked = iter(gaps)
+
+    def audit(text, num_prompt_tokens):
+        assert (text, num_prompt_tokens) in (([8, 4, 6], 2), ([8, 4, 5], 2))
+        return [next(asked)]
+
+    found = compare(tokens, [[1, 2, 3], [4, 5]], [[7], [8]], audit, "float32")
+    assert found[0] is right and says in found[1]
+    assert list(asked) == []
+
+
+FAKE = """
+import sys
+from scripts._suites.protocol import serve
+
+class Fake:
+    def versions(self):
+        return {"spam": sys.argv[1]}
+    def load(self, checkpoint, dtype):
+        return {}
+    def audit(self, tokens, num_prompt_tokens):
+        return {"gaps": [float(x == 666) for x in tokens[num_prompt_tokens:]]}
+    def peak_bytes(self):
+        return 2**20
+    def run(self, prefix, prompts, max_new_tokens, stops):
+        print("spam")  # not an answer
+        if sys.argv[1] == "broken":
+            raise RuntimeError("there are no eggs")
+        if sys.argv[1] == "unsupported":
+            return {"unsupported": "it has no spam"}
+        tokens = [list(range(max_new_tokens)) for _ in prompts]
+        if sys.argv[1] == "wrong":
+            tokens[0][-1] = 666
+        return {"tokens": tokens, "seconds": 0.5 + max_new_tokens, "cache_bytes": 2**20}
+
+serve(Fake())
+"""
+
+
+@pytest.fixture
+def command_of_fake(tmp_path):
+    (tmp_path / "fake.py").write_text(FAKE)
+    start = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    return lambda how: [sys.executable, "-c", start, str(tmp_path / "fake.py"), how]
+
+
+@pytest.fixture
+def plan_of_fakes(tmp_path, monkeypatch, command_of_fake):
+    """A plan whose sides, ours too, are processes that do as their names say."""
+    from scripts._suites import generate
+    from scripts._suites.process import Process
+    from scripts._suites.workloads import Workload
+
+    monkeypatch.setattr(
+        generate, "ours", lambda name, log, _: Process(name, command_of_fake("right"), log)
+    )
+    monkeypatch.setattr(
+        generate, "REHEARSAL", (Workload("2 x 3", (3, 3), max_new_tokens=5),)
+    )
+    peers = {x: command_of_fake(x) for x in ("right", "wrong", "broken", "unsupported")}
+    models = (("tiny", "float32"),)
+    about = {"read_ceiling_gb_s": 1.0}
+    return generate.Plan(
+        models, True, peers, {"far": "it is away"}, tmp_path, tmp_path, about
+    )
+
+
+def test_a_peer_that_is_wrong_or_broken_is_listed_with_the_reason(plan_of_fakes):
+    from scripts._suites import generate
+
+    rows = {row.side: row for row in generate.run(plan_of_fakes)}
+    reasons = {side: row.reason for side, row in rows.items()}
+    assert [x for x in reasons if not reasons[x]] == ["paged", "contiguous", "right"]
+    assert reasons["wrong"].startswith("wrong: row 0 differs from token 4 on, whose logit")
+    assert reasons["broken"] == "it ended with 1: RuntimeError: there are no eggs"
+    assert reasons["unsupported"] == "it has no spam"
+    assert reasons["far"] == "it is away"
+    # Five tokens take 5.5 seconds, the first of them 1.5.
+    figures = rows["right"].figures
+    assert figures["prefill_tok_s"] == pytest.approx(6 / 1.5)
+    assert figures["decode_tok_s"] == pytest.approx(2 * 4 / 4)
+    assert figures["tok_s"] == pytest.approx(10 / 5.5)
+    assert figures["peak_gib"] == 2**-10
+
+
+def test_ours_being_wrong_ends_the_run(plan_of_fakes, monkeypatch, command_of_fake):
+    from scripts._suites import generate
+    from scripts._suites.process import Process
+
+    def ours(name, log, _):
+        how = "wrong" if name == "contiguous" else "right"
+        return Process(name, command_of_fake(how), log)
+
+    monkeypatch.setattr(generate, "ours", ours)
+    with pytest.raises(generate.Wrong, match="contiguous, 2 x 3: row 0 differs"):
+        list(generate.run(plan_of_fakes))
+
+
+def test_a_side_that_is_silent_is_given_up(tmp_path, monkeypatch):
+    from scripts._suites import process
+
+    monkeypatch.setattr(process, "PATIENCE", 0.1)
+    command = [sys.executable, "-c", "input()"]
+    with process.Process("spam", command, tmp_path / "log") as side:
+        with pytest.raises(process.Broken, match="it did not answer in 0 s"):
+            side.ready()
+
+
+def test_peers_are_made_to_share_the_memory(plan_of_fakes, monkeypatch):
+    from scripts._suites import generate
+    from scripts._suites.shapes import CONFIGS, num_weights
+
+    names = list(plan_of_fakes.peers)
+    assert generate._groups(plan_of_fakes, "tiny", "float32") == [names]
+    four = 4 * 2.5 * num_weights(CONFIGS["tiny"]) * 4
+    monkeypatch.setattr(generate, "memory_bytes", lambda: int(four) + 1)
+    assert generate._groups(plan_of_fakes, "tiny", "float32") == [names[:2], names[2:]]
+    alone = dataclasses.replace(plan_of_fakes, peers={})
+    assert generate._groups(alone, "tiny", "float32") == [[]]
+
+
+# --- Peers
+
+
+def test_a_peer_is_there_if_its_environment_is(tmp_path):
+    from scripts._suites.environments import command_of, PEERS
+
+    peer = PEERS["transformers static"]
+    reason = "it is not installed; --install-peers does that"
+    assert command_of(peer, tmp_path) == reason
+    stamp = tmp_path / "peers" / "transformers" / "installed.json"
+    stamp.parent.mkdir(parents=True)
+    stamp.write_text(json.dumps({"requirements": [], "reason": "no eggs"}))
+    assert command_of(peer, tmp_path) == "no eggs"
+    stamp.write_text(json.dumps({"requirements": [], "reason": ""}))
+    python, *rest = command_of(peer, tmp_path)
+    assert python == str(stamp.parent / "venv" / "bin" / "python")
+    assert rest == ["-m", "scripts._suites.peers.hugging_face", "static"]
+
+
+def test_a_peer_for_another_python_is_not_installed(tmp_path, monkeypatch):
+    from scripts._suites import environments
+
+    old = environments.Environment(((),), (1, 2))
+    monkeypatch.setattr(environments, "ENVIRONMENTS", {"old": old})
+    reason = "it needs a Python from 3.1 to 3.2, and there is none here"
+    assert environments.install("old", tmp_path) == reason
+
+
+@pytest.mark.slow
+def test_what_cannot_be_installed_leaves_its_reason(tmp_path, monkeypatch):
+    from scripts._suites import environments
+
+    # An install that fails before it asks for anything: there is no such option.
+    bad = environments.Environment((("--no-such-option",),), (11, 20))
+    monkeypatch.setattr(environments, "ENVIRONMENTS", {"bad": bad})
+    reason = environments.install("bad", tmp_path)
+    log = tmp_path / "peers" / "bad" / "pip.log"
+    assert reason == f"it cannot be installed; {log} says why"
+    assert "no such option" in log.read_text()
+    peer = environments.Peer("bad", "spam")
+    assert environments.command_of(peer, tmp_path) == reason

@@ -1,0 +1,133 @@
+"""More prompts than rows, against a full recompute of each prompt by itself."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from .helpers import assert_trees_identical, ints, told
+from .test_generate import (
+    answers,
+    continued,
+    empty,
+    expected,
+    generate,
+    HEAD_DIM,
+    MAX_LEN,
+    model,  # noqa: F401  a fixture
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    prompt,
+    TRACES,
+)
+
+
+# No near ties. Lengths 0, 1, a page and around it, and the longest.
+LENGTHS = (5, 20, 0, 9, 1, 8, 7, 17, 12, 3)
+PROMPTS = tuple(prompt(seed, n) for seed, n in zip((1, 2, 0, 8, 4, 6, 7, 9, 5, 3), LENGTHS))
+
+
+def poisoned(cache):
+    """The cache, with NaN in every slot: what is read before it is written shows."""
+    layers = tuple(
+        dataclasses.replace(
+            pages,
+            k_pages=jnp.full_like(pages.k_pages, jnp.nan),
+            v_pages=jnp.full_like(pages.v_pages, jnp.nan),
+        )
+        for pages in cache.layers
+    )
+    return dataclasses.replace(cache, layers=layers)
+
+
+def assert_all_free(cache):
+    table = cache.table
+    assert table.kv_lens.tolist() == [0] * cache.num_seqs
+    assert int(table.num_free_pages) == table.num_pages
+    assert sorted(table.free_pages.tolist()) == list(range(table.num_pages))
+    assert not np.any(table.ref_counts)
+
+
+# Room for all; rows that wait for pages; and so few that rows are put back.
+@pytest.mark.parametrize("num_seqs, num_pages", ((4, 32), (4, 9), (3, 5), (2, 4), (1, 4)))
+def test_each_prompt_is_continued_as_by_itself(model, num_seqs, num_pages):  # noqa: F811
+    cache = poisoned(empty(num_seqs=num_seqs, num_pages=num_pages))
+    generation, cache = generate(model, cache, PROMPTS)
+    assert told(generation.result) == "successful"
+    assert answers(generation) == expected(PROMPTS)
+    assert_all_free(cache)
+
+
+def test_a_stop_token_frees_a_row_for_the_next(model):  # noqa: F811
+    stops = (continued(PROMPTS[0])[2], continued(PROMPTS[3])[7], continued(PROMPTS[5])[0])
+    new = expected(PROMPTS, stops)
+    assert len({len(tokens) for tokens in new}) > 3
+    cache = empty(num_seqs=2, num_pages=6)
+    generation, cache = generate(model, cache, PROMPTS, stop_tokens=stops)
+    assert answers(generation) == new
+    assert_all_free(cache)
+
+
+@pytest.mark.parametrize("max_new_tokens", (0, 1))
+def test_few_new_tokens(model, max_new_tokens):  # noqa: F811
+    cache = empty(num_seqs=3)
+    generation, cache = generate(model, cache, PROMPTS, max_new_tokens=max_new_tokens)
+    assert answers(generation) == expected(PROMPTS, max_new_tokens=max_new_tokens)
+    assert_all_free(cache)
+
+
+def test_through_a_contiguous_cache(model):  # noqa: F811
+    import eqx_paged
+
+    cache = eqx_paged.RaggedKVCache.empty(
+        num_layers=NUM_LAYERS,
+        num_seqs=3,
+        max_len=MAX_LEN,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+    )
+    ragged = eqx.tree_at(lambda m: m.attention, model, eqx_paged.RaggedAttention())
+    generation, cache = generate(ragged, cache, PROMPTS)
+    assert answers(generation) == expected(PROMPTS)
+    assert cache.lengths.tolist() == [0, 0, 0]
+
+
+def test_the_model_is_traced_once_a_kind_of_step(model):  # noqa: F811
+    traces = len(TRACES)
+    generate(model, empty(num_seqs=3, num_pages=23), PROMPTS)
+    assert sorted({kind for kind, _ in TRACES[traces:]}) == ["decode", "mixed"]
+    assert len(TRACES) - traces <= 4  # a loop within a loop is traced twice
+
+
+def test_what_can_never_be_read_is_told_before_any_work(model):  # noqa: F811
+    cache = empty(num_seqs=2, num_pages=2)
+    before = jax.tree.map(np.array, cache)
+    with pytest.raises(ValueError, match="Prompt 1 needs 3 pages of 8 .* but 2 are free"):
+        generate(model, cache, PROMPTS)
+    with pytest.raises(ValueError, match="Prompt 1 has 20 tokens, .* room for 16"):
+        generate(model, empty(num_seqs=2, max_len=16), PROMPTS)
+    used, _, _ = empty(num_seqs=2).append(ints((0, 1)))
+    with pytest.raises(ValueError, match="10 prompts go through 2 rows .* hold 1 tokens"):
+        generate(model, used, PROMPTS)
+    for changed, reason in (
+        (cache, "out_of_pages"),
+        (empty(num_seqs=2, max_len=16), "sequence_too_long"),
+        (used, "row_in_use"),
+    ):
+        generation, _ = generate(model, changed, PROMPTS, throw=False)
+        assert told(generation.result) == reason
+        assert answers(generation) == [()] * len(PROMPTS)
+    assert_trees_identical(cache, before)
+
+
+def test_a_row_that_alone_has_too_few_pages_ends_the_run(model):  # noqa: F811
+    # Read on three pages, the longest prompt needs a fourth in the end.
+    cache = empty(num_seqs=2, num_pages=3)
+    generation, cache = generate(model, cache, PROMPTS, throw=False)
+    assert told(generation.result) == "out_of_pages"
+    for made, whole in zip(answers(generation), expected(PROMPTS)):
+        assert made == whole[: len(made)]
+    assert_all_free(cache)
