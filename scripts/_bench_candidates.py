@@ -1,5 +1,6 @@
 """What the GPU benchmark compares: our implementations, in their defaults and swept."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -60,6 +61,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def as_run(options: dict[str, Any], *, interpret: bool) -> dict[str, Any]:
+    """The options of a call, which is interpreted or not."""
+    if options["implementation"] == "xla":
+        return options
+    config = options["config"]
+    if interpret and config.num_splits is None:
+        # Each part that there might be is a program, and each takes long.
+        config = dataclasses.replace(config, num_splits=2)
+    return options | dict(interpret=interpret, config=config)
+
+
 def _candidate(
     case: BenchCase,
     data: Callable[[], Data],
@@ -69,11 +81,9 @@ def _candidate(
     *,
     interpret: bool,
 ) -> Candidate:
-    options = dict(options)
-    if options["implementation"] != "xla":
-        options["interpret"] = interpret
+    options = as_run(options, interpret=interpret)
     if case.dtype != "bfloat16":
-        options |= dict(k_scale=SCALE, v_scale=SCALE)
+        options = options | dict(k_scale=SCALE, v_scale=SCALE)
 
     def prepare() -> Prepared:
         step = functools.partial(_decode if case.is_decode else _mixed, options)

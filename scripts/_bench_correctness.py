@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._bench_candidates import IMPLEMENTATIONS
+from ._bench_candidates import as_run, IMPLEMENTATIONS
+from ._bench_data import random_numbers
 from ._bench_record import Row
 
 
@@ -78,9 +79,7 @@ def checks(*, dry_run: bool) -> Iterator[Check]:
 
 def checked(check: Check, row: Row, *, interpret: bool) -> Row:
     """With the largest error of an implementation, or with what is wrong."""
-    options = dict(IMPLEMENTATIONS[row.implementation])
-    if row.implementation != "xla":
-        options["interpret"] = interpret
+    options = as_run(IMPLEMENTATIONS[row.implementation], interpret=interpret)
     rows, arrays = _arrays(check)
     static, sinks = dict(OPTIONS[check.options]), None
     if static.pop("sinks", False):
@@ -165,3 +164,36 @@ def _attention(rows: tuple, options: dict[str, Any], sinks) -> np.ndarray:
             total = total + np.exp(sinks[:, None, None] - top)
         out.append(np.einsum("hqk,khd->qhd", weights / total, v))
     return np.concatenate(out)
+
+
+SHAPE = NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM = 8, 64, 128
+NUM_HELD = 4  # the last pages, which a row of one token less than they have room for holds
+# More than 2**31 numbers, so that an offset of 32 bits, with a sign, is not enough.
+NUM_PAGES = 2**31 // (NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM) + NUM_HELD
+REHEARSED_PAGES = 3 * NUM_HELD
+
+
+def checked_large(row: Row, *, dry_run: bool) -> Row:
+    """Whether a pool of more numbers than 32 bits can count is read at the right places:
+    the same row in a small pool and in a large one gives the same, bit for bit of the
+    kernels, and about the same of XLA, which may sum in another order."""
+    num_pages = REHEARSED_PAGES if dry_run else NUM_PAGES
+    q_key, *keys = jax.random.split(jax.random.key(0), 3)
+    q = random_numbers(q_key, (1, 32, HEAD_DIM), "bfloat16")
+    small = [random_numbers(key, (NUM_HELD, *SHAPE), "bfloat16") for key in keys]
+    large = [_at_the_end(pages, num_pages) for pages in small]
+    kv_lens = jnp.array([NUM_HELD * PAGE_SIZE - 1], jnp.int32)
+    first = jnp.arange(NUM_HELD, dtype=jnp.int32)[None]
+    options = as_run(IMPLEMENTATIONS[row.implementation], interpret=dry_run)
+    call = jax.jit(functools.partial(eqx_paged.paged_attention, **options))
+    wanted = np.asarray(call(q, *small, kv_lens, first), np.float32)
+    out = call(q, *large, kv_lens, first + num_pages - NUM_HELD)
+    tolerance = TOLERANCE if row.implementation == "xla" else 0.0
+    row = row.compared(np.asarray(out, np.float32), wanted, tolerance)
+    return row if row.status == "failed" else dataclasses.replace(row, status="right")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _at_the_end(pages: jax.Array, num_pages: int) -> jax.Array:
+    pool = jnp.zeros((num_pages, *SHAPE), pages.dtype)
+    return pool.at[-NUM_HELD:].set(pages)

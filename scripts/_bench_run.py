@@ -222,8 +222,10 @@ def _contents(
         limit = min(silence, max(clock.seconds_left, 0) + GRACE)
         timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
-        line = process.stdout.readline()
-        timer.cancel()
+        try:
+            line = process.stdout.readline()
+        finally:  # also where this process is ended
+            timer.cancel()
         if not line:
             return
         try:

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ._gpu_cases import GPUReport
 from ._gpu_compile import versions
-from ._gpu_measure import GPUReport
 
 
 PATH = pathlib.Path(__file__).resolve().parents[1] / "tests" / "gpu" / "budgets.json"

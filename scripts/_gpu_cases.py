@@ -1,4 +1,5 @@
-"""The calls that are compiled for GPUs: each kernel with each form of cache it takes."""
+"""The calls that are compiled for GPUs, each kernel with each form of cache it takes, and
+what their kernels take."""
 
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import eqx_paged
 import jax
 import jax.numpy as jnp
 
+from ._gpu_compile import compile_for
 from ._gpu_targets import TARGETS
 
 
@@ -65,8 +67,9 @@ class GPUCase:
     @property
     def architectures(self) -> tuple[str, ...]:
         """Those that have the instructions: only the later converts float8. For the earlier
-        one page size and group stand for all."""
-        stands = self.page_size == 16 and self.group == 4
+        one group and page size, of decode two, stand for all."""
+        sizes = (16, 64) if self.operation == "decode" else (16,)
+        stands = self.page_size in sizes and self.group == 4
         if self.backend == "triton" and self.dtype != "fp8" and stands:
             return tuple(TARGETS)
         return ("sm_90a",)
@@ -120,3 +123,45 @@ CASES = {
     # Queries and pages of the Mosaic kernels are of one dtype, of 16 bits.
     if case.backend == "triton" or case.dtype == "bf16"
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class GPUReport:
+    """A compiled case.
+
+    - `registers`, `shared_bytes`: the most that one of its own kernels takes: of a thread,
+        and of a block.
+    - `spill_bytes`: of all kernels of the program, those that XLA adds included.
+    - `copies_in_flight`: of the kernel that reads the cache, as
+        [`scripts._gpu_kernels.GPUKernel`][] has it.
+    - `fetches_apart`, `uses_wgmma`: of the same kernel.
+    """
+
+    case: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    copies_in_flight: int | None
+    fetches_apart: bool
+    uses_wgmma: bool
+
+
+def measure(case_name: str, architecture: str) -> GPUReport:
+    """Compiles a case of `CASES` for one of its architectures."""
+    case = CASES[case_name]
+    kernels = compile_for(architecture, case.function, case.args).kernels
+    names = KERNELS[case.operation]
+    own = [kernel for kernel in kernels if kernel.name.startswith(names)]
+    assert own, f"{case_name} has none of {names}, but {[x.name for x in kernels]}"
+    reader = next(kernel for kernel in own if kernel.name.startswith(names[0]))
+    return GPUReport(
+        case=case_name,
+        architecture=architecture,
+        registers=max(kernel.registers for kernel in own),
+        shared_bytes=max(kernel.shared_bytes for kernel in own),
+        spill_bytes=sum(kernel.spill_bytes for kernel in kernels),
+        copies_in_flight=reader.copies_in_flight,
+        fetches_apart=reader.fetches_apart,
+        uses_wgmma=reader.uses_wgmma,
+    )

@@ -30,15 +30,47 @@ class GPUKernel:
 
     @property
     def copies_in_flight(self) -> int | None:
-        """How many groups of asynchronous copies to shared memory may be under way where
-        it waits for others, at most. None: it starts no such copies."""
-        groups = re.findall(r"cp\.async\.wait_group\s+(\d+)", self.ptx)
-        return max(map(int, groups), default=None)
+        """How many groups of asynchronous copies to shared memory may be under way where a
+        loop waits for others: the fewest of all loops that read the GPU's memory, and 0
+        where one waits for what it has just asked for. None: there is no such loop, or
+        copies are of whole tiles (TMA)."""
+        found = []
+        for loop in self._loops:
+            if waits := re.findall(r"cp\.async\.wait_group\s+(\d+)", loop):
+                found.append(min(map(int, waits)))
+            elif "ld.global" in loop and "cp.async.bulk.tensor" not in loop:
+                found.append(0)
+        return min(found, default=None)
+
+    @property
+    def fetches_apart(self) -> bool:
+        """Whether some loops copy tiles to shared memory and others multiply them, none
+        both, so that neither waits for the other's to be done."""
+        copies = r"cp\.async\.bulk\.tensor\S*\.shared::cluster"
+        fetching = {loop for loop in self._loops if re.search(copies, loop)}
+        multiplying = {loop for loop in self._loops if "wgmma.mma_async" in loop}
+        return bool(fetching and multiplying) and fetching.isdisjoint(multiplying)
 
     @property
     def uses_wgmma(self) -> bool:
         """Whether a warpgroup's matrix products are asynchronous, as Hopper has them."""
         return "wgmma.mma_async" in self.ptx
+
+    @property
+    def _loops(self) -> list[str]:
+        """The code of its innermost loops."""
+        lines, labels, spans = self.ptx.splitlines(), {}, []
+        for i, line in enumerate(lines):
+            if label := re.match(r"(\$\w+):", line):
+                labels[label[1]] = i
+            branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+            if branch and branch[1] in labels:
+                spans.append(range(labels[branch[1]], i))
+        # One that jumps back to what comes before other loops need not be a loop at all.
+        inner = [
+            x for x in spans if not any(y[0] in x and y[-1] in x for y in spans if y != x)
+        ]
+        return ["\n".join(lines[x.start : x.stop]) for x in inner]
 
 
 def kernels_in(

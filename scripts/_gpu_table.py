@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ._gpu_measure import GPUReport
+from ._gpu_cases import GPUReport
 
 
 def print_table(reports: Iterable[GPUReport], versions: dict[str, str]) -> None:
@@ -19,6 +19,8 @@ def print_table(reports: Iterable[GPUReport], versions: dict[str, str]) -> None:
         table.add_column(name, justify="right")
     for x in reports:
         in_flight = "none" if x.copies_in_flight is None else str(x.copies_in_flight)
+        if x.fetches_apart:
+            in_flight = "apart"
         table.add_row(
             *(x.case, x.architecture, str(x.registers), f"{x.shared_bytes / 2**10:.1f}"),
             *(str(x.spill_bytes), in_flight, "yes" if x.uses_wgmma else ""),

@@ -18,9 +18,8 @@ from rich.progress import track
 
 from ._command_line import Parser, refuse
 from ._gpu_budgets import read_budgets, write_budgets
-from ._gpu_cases import CASES
+from ._gpu_cases import CASES, GPUReport, measure
 from ._gpu_compile import missing, versions
-from ._gpu_measure import GPUReport, measure
 from ._gpu_table import print_table
 from ._gpu_targets import TARGETS
 

@@ -269,7 +269,8 @@ def clear_hidden(
     def clear(turn, row, column):
         tile = ring.v.at[turn, pl.ds(row, ROWS), pl.ds(column, ROWS)]
         v = plgpu.load(tile, layout=MATRIX)
-        position = positions((ROWS, ROWS), 0, keys.first(jnp.int32(turn)) + row)
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=MATRIX) + row
+        position = keys.first(jnp.int32(turn)) + row
         keep = (position >= keys.start) & (position < keys.end)
         tile[...] = jnp.where(keep, v, jnp.zeros_like(v))
 
@@ -284,11 +285,6 @@ def clear_hidden(
     plgpu.commit_smem()
 
 
-def positions(shape: tuple[int, ...], axis: int, first: Any) -> jax.Array:
-    """Of each row or column of a matrix, that of the first one being given."""
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX) + first
-
-
 def add_block(
     ring: Ring,
     q_smem: Any,  # [ROWS, head_dim]
@@ -298,18 +294,18 @@ def add_block(
     state: State,
     *,
     logits_of: Callable[[jax.Array], jax.Array],
-    keep: Callable[[jax.Array], jax.Array] | None,
+    seen: tuple[jax.Array | None, jax.Array] | None,
     is_edge: bool,
 ) -> State:
-    """Adds a block of keys and values. `keep(position)` says which queries see a key."""
+    """Adds a block of keys and values. `seen` are the first position that each row of
+    queries sees, or None, and the first that it does not; without it they see all."""
     acc, m, l = state
     slot = ring.slot(turn)
     plgpu.barrier_wait(ring.k_there.at[slot])
     logits = logits_of(_product(q_smem, ring.k.at[slot].transpose((1, 0))))
     plgpu.barrier_arrive(ring.k_used.at[slot])
-    if keep is not None:
-        position = positions(logits.shape, 1, keys.first(turn))
-        logits = jnp.where(keep(position), logits, HIDDEN)
+    if seen is not None:
+        logits = jnp.where(_keep(*seen, keys.first(turn), logits.shape), logits, HIDDEN)
     new_m = jnp.maximum(m, logits.max(axis=1))
     p = jnp.exp2(logits - by_row(new_m, logits.shape))
     old = jnp.exp2(m - new_m)
@@ -320,6 +316,15 @@ def add_block(
     acc = _add_product(acc, p.astype(ring.v.dtype), ring.v.at[slot], staged_p)
     plgpu.barrier_arrive(ring.v_used.at[slot])
     return State(acc, new_m, l)
+
+
+def _keep(first, end, block, shape):
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    if first is None:
+        return column + block < by_row(end, shape)
+    # Bounds of each row are moved, since two comparisons take more registers.
+    kept = column < by_row(end - block, shape)
+    return kept & (column >= by_row(first - block, shape))
 
 
 def _product(a: Any, b: Any) -> jax.Array:

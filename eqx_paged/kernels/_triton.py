@@ -99,6 +99,8 @@ _BLOCK_BYTES = 2**14
 _EXACT_BYTES = 2**13
 _EXACT_ACC = 2**12
 _EXACT_ROWS = 32
+# Keys and values that become float32 as they are multiplied are held in registers as well.
+_CONVERTED_ACC = 2**11
 # The tensor cores of a warp, all there are but on Hopper and its successors for servers,
 # take what they multiply from registers, which are full the sooner; and queries share the
 # memory of a core, of which these GPUs have as little as 99 KiB, with keys and values.
@@ -153,7 +155,8 @@ def tile_of(
     exact = dtype == jnp.float32
     by_warp = not 90 <= chip_or_default().capability < 120
     if exact:
-        max_rows = min(max_rows, _EXACT_ROWS, max(MIN_ROWS, _EXACT_ACC // lanes))
+        most = _EXACT_ACC if value_dtype(k_pages.dtype) == dtype else _CONVERTED_ACC
+        max_rows = min(max_rows, _EXACT_ROWS, max(MIN_ROWS, most // lanes))
     elif by_warp:
         max_rows = min(max_rows, _WARP_ROWS, _WARP_NUMBERS // lanes)
     rows = config.num_queries_per_block or max_rows

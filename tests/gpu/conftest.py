@@ -22,7 +22,7 @@ def pytest_terminal_summary(terminalreporter):
         if name == "gpu_report" and report.when == "call"
     ]
     if found:
-        from scripts._gpu_measure import GPUReport
+        from scripts._gpu_cases import GPUReport
         from scripts._gpu_table import print_table
 
         print_table([GPUReport(**value) for value in found], versions())
@@ -33,7 +33,7 @@ def measured(record_property):
     """Compiles a case, and has it in the table that is printed at the end."""
     import dataclasses
 
-    from scripts._gpu_measure import measure
+    from scripts._gpu_cases import measure
 
     def _measured(case, architecture):
         report = measure(case, architecture)

@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -179,6 +181,25 @@ def test_what_breaks_is_told_and_the_rest_goes_on_in_another_process(breaks, rea
 def test_what_hangs_is_ended():
     found = rows_of_child("time.sleep(600)", silence=10.0)
     assert found == [("D0", "right", ""), ("D1", "failed", "nothing came for 10 s")]
+
+
+def test_where_the_benchmark_is_ended_nothing_waits_to_end_a_process_that_hangs():
+    class Ended(Exception):
+        pass
+
+    def end(*_):
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            rows_of_child("os.kill(os.getppid(), 15); time.sleep(600)")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    timers = [x for x in threading.enumerate() if isinstance(x, threading.Timer)]
+    for timer in timers:
+        timer.join(10.0)  # one that is cancelled ends at once, but not before this goes on
+    assert not any(timer.is_alive() for timer in timers)
 
 
 def test_a_process_that_begins_nothing_is_told_once():

@@ -4,7 +4,7 @@ import pytest
 
 
 def a_report(**other):
-    from scripts._gpu_measure import GPUReport
+    from scripts._gpu_cases import GPUReport
 
     figures = dict(
         case="triton-decode-d128-p16-g4-bf16",
@@ -13,6 +13,7 @@ def a_report(**other):
         shared_bytes=3 * 2**10,
         spill_bytes=0,
         copies_in_flight=3,
+        fetches_apart=False,
         uses_wgmma=False,
     )
     return GPUReport(**{**figures, **other})
@@ -98,18 +99,48 @@ def test_a_kernel_must_keep_within_its_budget_and_near_it(other, says):
     assert said is None if says is None else says in said
 
 
-def test_ptx_tells_what_a_kernel_waits_for():
+def a_kernel(*lines):
     from scripts._gpu_kernels import GPUKernel
 
-    def kernel(ptx):
-        return GPUKernel("spam", 8, 0, 0, 0, ptx)
+    return GPUKernel("spam", 8, 0, 0, 0, "\n".join(lines))
 
-    assert kernel("ret;").copies_in_flight is None
-    waits = "cp.async.wait_group \t3;\n mma.sync;\n cp.async.wait_group \t0;"
-    assert kernel(waits).copies_in_flight == 3
-    # Of bulk copies, which a barrier counts, it says nothing.
-    assert kernel("cp.async.bulk.wait_group 0;").copies_in_flight is None
-    assert kernel("wgmma.mma_async.sync.aligned").uses_wgmma
+
+def a_loop(name, *lines):
+    return f"${name}:", *lines, f"@%p1 bra \t${name};"
+
+
+WAITS = "cp.async.wait_group \t3;"
+WAITS_FOR_ALL = "cp.async.wait_group \t0;"
+COPIES = "cp.async.bulk.tensor.2d.shared::cluster.global"
+MULTIPLIES = "wgmma.mma_async.sync.aligned"
+
+
+@pytest.mark.parametrize(
+    "lines, in_flight",
+    (
+        (["ret;"], None),
+        # Once a loop is done it waits for all that it began.
+        ([*a_loop("A", WAITS, "mma.sync;"), WAITS_FOR_ALL], 3),
+        ([*a_loop("A", WAITS), *a_loop("B", WAITS_FOR_ALL)], 0),
+        ([*a_loop("A", WAITS, "ld.global.b32")], 3),
+        # What is loaded into registers and used at once.
+        ([*a_loop("A", WAITS), *a_loop("B", "ld.global.v4.b32", "mma.sync;")], 0),
+        # Of a page number in a loop of tiles' copies it says nothing.
+        ([*a_loop("A", "ld.global.b32", COPIES)], None),
+        (["bra $B;", "ld.global.b32", "$B:", "ret;"], None),
+    ),
+)
+def test_ptx_tells_how_many_copies_are_under_way_in_a_loop(lines, in_flight):
+    assert a_kernel(*lines).copies_in_flight == in_flight
+
+
+def test_ptx_tells_whether_what_copies_tiles_is_not_what_multiplies_them():
+    fetch, multiply = a_loop("A", COPIES), a_loop("B", MULTIPLIES)
+    assert a_kernel(*fetch, *multiply).fetches_apart
+    assert not a_kernel(*fetch, *multiply, *a_loop("C", COPIES, MULTIPLIES)).fetches_apart
+    assert not a_kernel(*fetch, MULTIPLIES).fetches_apart
+    assert not a_kernel(COPIES, *multiply).fetches_apart
+    assert a_kernel(MULTIPLIES).uses_wgmma and not a_kernel(*fetch).uses_wgmma
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from .._gpu import cdiv, MosaicGPUConfig, num_splits_of, Splits, splits_of
 from .._mosaic_gpu import (
     add_block,
     clear_hidden,
+    COLUMN,
     empty_state,
     factors_of,
     fetch,
@@ -166,8 +167,10 @@ def _attend(keys, q_ref, scratch, logits_of):
     clear_hidden(scratch.ring, keys)
     plgpu.barrier_wait(scratch.q_there.at[0])
 
-    def keep(position):
-        return (position >= keys.start) & (position < keys.end)
+    seen = tuple(
+        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.int32), COLUMN)
+        for x in (keys.start, keys.end)
+    )
 
     def add(is_edge):
         return functools.partial(
@@ -177,7 +180,7 @@ def _attend(keys, q_ref, scratch, logits_of):
             scratch.p,
             keys,
             logits_of=logits_of,
-            keep=keep if is_edge else None,
+            seen=seen if is_edge else None,
             is_edge=is_edge,
         )
 

@@ -77,6 +77,7 @@ class Sizes(NamedTuple):
     page_size: int
     block_size: int
     stages: int
+    windowed: bool
 
     @property
     def groups(self) -> int:
@@ -97,7 +98,11 @@ class Sizes(NamedTuple):
         more, they would wait for it without end."""
         if self.head_dim < 256:
             return 224, 56
-        return (240, 24) if self.page_size >= 32 else (232, 40)
+        # What fetches smaller pages has more numbers to hold; under a window, what computes
+        # has the first position of each row.
+        fetched = {8: 2, 16: 1}.get(self.page_size, 0)
+        spared = 8 * max(0, fetched - self.windowed)
+        return 240 - spared, 24 + 2 * spared
 
     @property
     def columns(self) -> int:
@@ -105,7 +110,7 @@ class Sizes(NamedTuple):
         return 64 if self.head_dim == 256 else self.head_dim
 
 
-def sizes_of(q: Array, k_pages: Array, config: MosaicGPUConfig) -> Sizes:
+def sizes_of(q: Array, k_pages: Array, config: MosaicGPUConfig, *, windowed: bool) -> Sizes:
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_pages.shape[1]
     group = num_heads // num_kv_heads
@@ -122,6 +127,7 @@ def sizes_of(q: Array, k_pages: Array, config: MosaicGPUConfig) -> Sizes:
         page_size=page_size,
         block_size=block_size,
         stages=config.num_stages or 2,
+        windowed=windowed,
     )
     numbers = COMPUTING * ROWS * (head_dim + sizes.columns)
     numbers += 2 * sizes.stages * block_size * head_dim
@@ -180,7 +186,7 @@ def _kernel(
         position + count,
         block_size=sizes.block_size,
         page_size=sizes.page_size,
-        windowed=sliding_window is not None,
+        windowed=sizes.windowed,
     )
 
     @pl.when((warpgroup == COMPUTING) & (count > 0))
@@ -237,15 +243,12 @@ def _attend(sizes, scratch, warpgroup, tile, keys, logits_of, sliding_window):
     plgpu.barrier_arrive(scratch.cleared.at[0])
     plgpu.barrier_wait(scratch.cleared.at[0])
 
-    def keep(position):
-        row = plgpu.broadcasted_iota(jnp.int32, position.shape, 0, layout=MATRIX)
-        here = tile.position + (row & (sizes.tokens - 1))
-        kept = position <= here
-        if sliding_window is not None:
-            kept &= position > here - sliding_window
-        return kept & (position < keys.end)
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
+    here = tile.position + (row & (sizes.tokens - 1))
+    first = None if sliding_window is None else here - (sliding_window - 1)
+    seen = first, jnp.minimum(here + 1, keys.end)
 
-    def add(keep, is_edge=False):
+    def add(seen, is_edge=False):
         return functools.partial(
             add_block,
             ring,
@@ -253,14 +256,14 @@ def _attend(sizes, scratch, warpgroup, tile, keys, logits_of, sliding_window):
             None if scratch.p is None else scratch.p.at[warpgroup],
             keys,
             logits_of=logits_of,
-            keep=keep,
+            seen=seen,
             is_edge=is_edge,
         )
 
     num_turns = keys.num_blocks
     edges = jnp.minimum(keys.num_edges, num_turns)
     state = empty_state(sizes.head_dim)
-    state = jax.lax.fori_loop(0, edges, add(keep, is_edge=True), state)
+    state = jax.lax.fori_loop(0, edges, add(seen, is_edge=True), state)
     whole_to = edges
     if sliding_window is None and sizes.head_dim <= 128:
         # Up to this turn, all tokens see all keys. With a window, or a large accumulator,
@@ -268,7 +271,7 @@ def _attend(sizes, scratch, warpgroup, tile, keys, logits_of, sliding_window):
         block = jax.lax.div(tile.position + tile.begin + 1, jnp.int32(keys.block_size))
         whole_to = jnp.clip(block + 1, edges, num_turns)
         state = jax.lax.fori_loop(edges, whole_to, add(None), state)
-    return jax.lax.fori_loop(whole_to, num_turns, add(keep), state)
+    return jax.lax.fori_loop(whole_to, num_turns, add(seen), state)
 
 
 def _fetched(ref, smem, scratch, warpgroup):
@@ -350,7 +353,8 @@ def ragged_paged_attention(
 ) -> Results:
     """Returns `(out, m, l)`, or `(out,)`."""
     num_tokens = q.shape[0]
-    sizes = sizes_of(q, k_pages, config)
+    windowed = options["sliding_window"] is not None
+    sizes = sizes_of(q, k_pages, config, windowed=windowed)
 
     def decode(queries, kv_lens):
         return decode_gpu.paged_attention(
