@@ -35,7 +35,7 @@ class Plan(eqx.Module):
     prompt_lens: Int32[Array, " num_prompts"]
     stop_tokens: Int32[Array, " num_stops"]
     key: PRNGKeyArray | None
-    sampler: Callable[..., Any] = eqx.field(static=True)
+    sampler: Callable[..., Any]
     max_new_tokens: int = eqx.field(static=True)
     num_tokens: int = eqx.field(static=True)
     in_turn: bool = eqx.field(static=True)

@@ -221,8 +221,8 @@ def _contents(
     while True:
         limit = min(silence, max(clock.seconds_left, 0) + GRACE)
         timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        timer.start()
         try:
+            timer.start()
             line = process.stdout.readline()
         finally:  # also where this process is ended
             timer.cancel()
