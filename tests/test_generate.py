@@ -409,7 +409,7 @@ def test_misuse_is_told_before_any_work(model, no_type_hook):
 def test_numbers_may_be_of_numpy(model, no_type_hook):
     ours = generate(model, empty(), PROMPTS, max_new_tokens=2)[0]
     numpys = generate(
-        model, empty(), PROMPTS, max_new_tokens=np.int64(2), prefill_chunk=np.int32(512)
+        model, empty(), PROMPTS, max_new_tokens=np.int64(2), prefill_chunk=np.int32(16)
     )[0]
     assert answers(numpys) == answers(ours)
 

@@ -117,7 +117,8 @@ def test_what_can_never_be_read_is_told_before_any_work(model):  # noqa: F811
         (empty(num_seqs=2, max_len=16), "sequence_too_long"),
         (used, "row_in_use"),
     ):
-        generation, _ = generate(model, changed, PROMPTS, throw=False)
+        options = dict(max_new_tokens=0, throw=False)
+        generation, _ = generate(model, changed, PROMPTS, **options)
         assert told(generation.result) == reason
         assert answers(generation) == [()] * len(PROMPTS)
     assert_trees_identical(cache, before)

@@ -113,9 +113,8 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "sliding_window", (None, pytest.param(100, marks=pytest.mark.slow))
-)
+@pytest.mark.parametrize("sliding_window", (None, 100))
+@pytest.mark.slow
 def test_few_queries_in_a_large_tile(getkey, sliding_window):
     cases = [
         paged_case(

@@ -65,7 +65,10 @@ def test_held_out_additions(examinee):
     assert examinee.share_right(questions) >= 0.95
 
 
-@pytest.mark.parametrize("num_records", (10, 25, 100, 200))
+@pytest.mark.parametrize(
+    "num_records",
+    (pytest.param(10, marks=pytest.mark.slow), 25, 100, 200),
+)
 def test_held_out_lookups_of_every_record(examinee, num_records):
     contexts = [records(seed, num_records) for seed in (7, 8)]
     shares = [

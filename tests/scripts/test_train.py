@@ -168,6 +168,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch, caps
         np.testing.assert_array_equal(actual[name], weight)
 
 
+@pytest.mark.slow
 def test_a_state_that_is_saved_at_intervals_survives_a_crash(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "_write_checkpoint", crash)
@@ -247,6 +248,7 @@ def test_an_interrupted_run_is_neither_lost_nor_changed(tmp_path, monkeypatch, c
     assert "--seed is 1, but was 0 in the interrupted run" in told
 
 
+@pytest.mark.slow
 def test_any_text_can_be_learnt(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog.\n" * 200)
