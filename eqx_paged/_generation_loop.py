@@ -112,9 +112,10 @@ def run(model: Any, cache: Cache, plan: Plan, result: RESULTS) -> State:
         return state.is_well & some
 
     def decodes(state):
-        if plan.only_decodes:
-            return state.is_well & jnp.any(_active(state, plan))
-        return state.is_well & jnp.any(_active(state, plan)) & ~reads(state)
+        some = jnp.any(_active(state, plan))
+        if not plan.only_decodes:
+            some &= ~reads(state)
+        return state.is_well & some
 
     # What a program never does is not compiled: each loop holds the whole model.
     def turn(state):
@@ -263,13 +264,10 @@ def _admissible(state, plan):
 def _admit(state, plan):
     """Gives rows to the first prompts that wait."""
     admitted = _admissible(state, plan)
-    is_free = ~_active(state, plan)
-    num_seqs = is_free.shape[0]
-    rows = jnp.arange(num_seqs, dtype=jnp.int32)
-    nth = jnp.where(is_free, jnp.cumsum(is_free, dtype=jnp.int32) - 1, num_seqs)
-    free_rows = jnp.full(num_seqs, num_seqs, jnp.int32).at[nth].set(rows, mode="drop")
-    rank = jnp.cumsum(state.waiting, dtype=jnp.int32) - 1
-    row = jnp.where(admitted, free_rows.at[rank].get(mode="clip"), num_seqs)
+    free_first = jnp.argsort(_active(state, plan), stable=True).astype(jnp.int32)
+    rank = jnp.cumsum(admitted, dtype=jnp.int32) - 1
+    row = free_first.at[rank].get(mode="clip")
+    row = jnp.where(admitted, row, free_first.shape[0])
     prompts = jnp.arange(plan.num_prompts, dtype=jnp.int32)
     return dataclasses.replace(
         state,

@@ -11,13 +11,14 @@ import safetensors.numpy
 
 
 SEED = 0
-_SMALL = {
+_COMMON = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
+    # None that ends a text: a side that stops early would do less work than the others.
+    "eos_token_id": (),
 }
-# As checkpoints of these sizes are published. None has a token that ends a text, since a
-# side that stops early would do less work than the others.
+# As checkpoints of these sizes are published.
 CONFIGS: dict[str, models.DecoderConfig] = {
     "tiny": models.DecoderConfig(
         vocab_size=512,
@@ -27,8 +28,7 @@ CONFIGS: dict[str, models.DecoderConfig] = {
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        eos_token_id=(),
-        **_SMALL,
+        **_COMMON,
     ),
     "135m": models.DecoderConfig(
         vocab_size=49152,
@@ -38,8 +38,7 @@ CONFIGS: dict[str, models.DecoderConfig] = {
         num_attention_heads=9,
         num_key_value_heads=3,
         head_dim=64,
-        eos_token_id=(),
-        **_SMALL,
+        **_COMMON,
     ),
     "1b": models.DecoderConfig(
         vocab_size=128256,
@@ -49,8 +48,7 @@ CONFIGS: dict[str, models.DecoderConfig] = {
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=64,
-        eos_token_id=(),
-        **_SMALL,
+        **_COMMON,
     ),
 }
 

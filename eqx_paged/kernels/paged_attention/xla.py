@@ -41,21 +41,34 @@ def paged_attention(
     num_kv_heads, page_size = k_pages.shape[1], page_size_of(k_pages, head_dim)
     group = num_heads // num_kv_heads
     pages_per_tile = max(1, min(TILE_TOKENS // page_size, page_indices.size))
-    work, num_items = _worklist(
-        kv_lens, page_indices, pages_per_tile, page_size, sliding_window
-    )
+    first = jnp.zeros_like(kv_lens)
+    if sliding_window is not None:
+        first = jnp.maximum(kv_lens - sliding_window, 0)
+    ends = jnp.cumsum(-(-kv_lens // page_size) - first // page_size)
     offsets = jnp.arange(page_size, dtype=jnp.int32)[None]
     queries = q.astype(jnp.float32).reshape(num_seqs, num_kv_heads, group, head_dim)
     factor = jnp.full(num_kv_heads, sm_scale, jnp.float32)
     if k_scale is not None:
         factor = factor * k_scale
 
+    def tile_from(item):
+        """Of the pages from `item` of the worklist on: the row, the index in the pool, and
+        the first and the end of what is seen of each. Past its end nothing is seen."""
+        item = item + jnp.arange(pages_per_tile, dtype=jnp.int32)
+        row = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
+        exists = row < num_seqs
+        row = jnp.minimum(row, num_seqs - 1)
+        # Counted back from the row's last page, which is where the worklist of a row ends.
+        page = -(-kv_lens[row] // page_size) - (ends[row] - item)
+        page = jnp.where(exists, page, 0)
+        index = jnp.where(exists, page_indices[row, page], 0)
+        start = page * page_size
+        seen = (first[row] - start, jnp.where(exists, kv_lens[row] - start, 0))
+        return row, index, *seen
+
     def work_off_a_tile(carry):
-        done, m, l, acc = carry
-        row, index, first, end = (
-            jax.lax.dynamic_slice_in_dim(x, done, pages_per_tile) for x in work
-        )
-        keep = (offsets < end[:, None]) & (offsets >= first[:, None])
+        done, (row, index, seen_from, seen_to), m, l, acc = carry
+        keep = (offsets >= seen_from[:, None]) & (offsets < seen_to[:, None])
         # Turned and scaled as they are fetched: the product of keys in this order is
         # three times as fast, and a copy that also multiplies becomes vector code.
         k = unpack(k_pages[index], head_dim).astype(jnp.float32)
@@ -73,14 +86,17 @@ def paged_attention(
         old, new = jnp.exp(m - new_m), jnp.exp(page_m - new_m[row])
         l = (l * old).at[row].add(page_l * new)
         acc = (acc * old[..., None]).at[row].add(page_acc * new[..., None])
-        return done + pages_per_tile, new_m, l, acc
+        # The next tile is found here, or it would be again for each number it fetches.
+        done += pages_per_tile
+        return done, tile_from(done), new_m, l, acc
 
     per_query = (num_seqs, num_kv_heads, group)
-    _, m, l, acc = jax.lax.while_loop(
-        lambda carry: carry[0] < num_items,
+    *_, m, l, acc = jax.lax.while_loop(
+        lambda carry: carry[0] < ends[-1],
         work_off_a_tile,
         (
             jnp.int32(0),
+            tile_from(0),
             jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
             jnp.zeros(per_query, jnp.float32),
             jnp.zeros((*per_query, head_dim), jnp.float32),
@@ -96,28 +112,3 @@ def paged_attention(
         m.reshape(per_head),
         l.reshape(per_head),
     )
-
-
-def _worklist(kv_lens, page_indices, pages_per_tile, page_size, sliding_window):
-    """The pages in use, row after row, and how many they are.
-
-    Of each the row, the index in the pool, and the first and the end of what is seen of
-    it. A last tile may reach past the end: there, nothing is seen of page 0.
-    """
-    num_seqs, pages_per_seq = page_indices.shape
-    first = jnp.zeros_like(kv_lens)
-    if sliding_window is not None:
-        first = jnp.maximum(kv_lens - sliding_window, 0)
-    num_pages = -(-kv_lens // page_size) - first // page_size
-    ends = jnp.cumsum(num_pages)
-    item = jnp.arange(num_seqs * pages_per_seq + pages_per_tile, dtype=jnp.int32)
-    row = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
-    exists = row < num_seqs
-    row = jnp.minimum(row, num_seqs - 1)
-    page = item - (ends - num_pages)[row] + (first // page_size)[row]
-    page = jnp.where(exists, page, 0)
-    index = jnp.where(exists, page_indices[row, page], 0)
-    seen = (first[row] - page * page_size, kv_lens[row] - page * page_size)
-    work = (row, index, *(jnp.where(exists, x, 0) for x in seen))
-    # Made before the loop, and not again in it for each number that is fetched.
-    return jax.lax.optimization_barrier(work), ends[-1]
