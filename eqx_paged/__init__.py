@@ -9,6 +9,7 @@ from ._attention import (
     RaggedAttention as RaggedAttention,
 )
 from ._batch import RaggedBatch as RaggedBatch
+from ._beam_search import beam_search as beam_search, Hypotheses as Hypotheses
 from ._cache import PagedKVCache as PagedKVCache
 from ._generate import (
     generate as generate,

@@ -156,9 +156,11 @@ class PagedKVCache(eqx.Module):
         self,
         src: int | Int32[Array, ""] | Int32[Array, " num_forks"],
         dst: int | Int32[Array, ""] | Int32[Array, " num_forks"],
+        *,
+        where: Bool[Array, ""] | Bool[Array, " num_forks"] | None = None,
     ) -> tuple["PagedKVCache", RESULTS]:
         """As [`eqx_paged.PageTable.fork`][]: no key or value is copied."""
-        table, result = self.table.fork(src, dst)
+        table, result = self.table.fork(src, dst, where=where)
         return dataclasses.replace(self, table=table), result
 
     def truncate(self, kv_lens: Int32[Array, " num_seqs"]) -> "PagedKVCache":

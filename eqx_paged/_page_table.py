@@ -197,6 +197,8 @@ class PageTable(eqx.Module):
         self,
         src: int | Int32[Array, ""] | Int32[Array, " num_forks"],
         dst: int | Int32[Array, ""] | Int32[Array, " num_forks"],
+        *,
+        where: Bool[Array, ""] | Bool[Array, " num_forks"] | None = None,
     ) -> tuple["PageTable", RESULTS]:
         """Makes rows `dst` the same sequences as rows `src`, without copying a token.
 
@@ -208,6 +210,8 @@ class PageTable(eqx.Module):
         - `src`, `dst`: rows; several forks at once if they are arrays, all from the table
             as it is before them. Rows `dst` must be empty, each named once, and none of
             them its own `src`.
+        - `where`: if given, which of the forks to carry out, so that their number is data;
+            what the others name does not matter.
 
         **Returns:**
 
@@ -223,19 +227,26 @@ class PageTable(eqx.Module):
         for name, rows in (("src", src), ("dst", dst)):
             if not jnp.issubdtype(rows.dtype, jnp.integer):
                 raise ValueError(f"{name} must be integers, but is {rows.dtype}.")
+        if where is None:
+            where = jnp.ones(src.shape, bool)
+        check_mask("where", where, src.shape)
+        src, dst, where = (jnp.atleast_1d(x) for x in (src, dst, where))
         # Before the cast, which takes a row of 64 bits for another one.
         unknown = (src < 0) | (src >= self.num_seqs) | (dst < 0) | (dst >= self.num_seqs)
-        src, dst = (jnp.atleast_1d(rows.astype(jnp.int32)) for rows in (src, dst))
+        src, dst = src.astype(jnp.int32), dst.astype(jnp.int32)
         in_use = (self.kv_lens.at[dst].get(mode="clip") > 0) | (src == dst)
+        # What is not carried out names rows of its own, past the last.
+        past = self.num_seqs + jnp.arange(dst.size, dtype=jnp.int32)
+        dst = jnp.where(where, dst, past)
         result = first_of(
-            (jnp.any(unknown), RESULTS.invalid_argument),
-            (jnp.any(in_use) | _has_duplicates(dst), RESULTS.row_in_use),
+            (jnp.any(unknown & where), RESULTS.invalid_argument),
+            (jnp.any(in_use & where) | _has_duplicates(dst), RESULTS.row_in_use),
         )
-        ok = result == RESULTS.successful
+        ok = where & (result == RESULTS.successful)
         src, dst = jnp.where(ok, src, 0), jnp.where(ok, dst, self.num_seqs)
         pages, kv_lens = self.page_indices[src], self.kv_lens[src]
         held = self._columns() * self.page_size < kv_lens[:, None]
-        counted = jnp.where(held & ok, pages, self.num_pages)
+        counted = jnp.where(held & ok[:, None], pages, self.num_pages)
         table = dataclasses.replace(
             self,
             page_indices=self.page_indices.at[dst].set(pages, mode="drop"),
@@ -288,7 +299,7 @@ class PageTable(eqx.Module):
 
         The new table.
         """
-        check_mask(rows, self.num_seqs)
+        check_mask("rows", rows, (self.num_seqs,))
         return self.truncate(jnp.where(rows, 0, self.kv_lens))
 
     def _columns(self) -> Int32[Array, "1 pages_per_seq"]:

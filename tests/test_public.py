@@ -17,6 +17,7 @@ CLASSES = (
     *("PageTable", "PagedKVCache", "KVPages", "RaggedBatch", "RaggedKVCache", "RaggedKV"),
     *("PageCopies",),
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
+    *("Hypotheses",),
 )
 ARRAY_FUNCTIONS = (
     *("paged_attention", "ragged_paged_attention", "ragged_mqa", "ragged_mha"),
@@ -25,6 +26,7 @@ ARRAY_FUNCTIONS = (
 FUNCTIONS = (
     *ARRAY_FUNCTIONS,
     *("merge_residuals", "mha_cost_estimate", "generate", "greedy"),
+    "beam_search",
 )
 
 
