@@ -20,6 +20,7 @@ from ._generate import (
 )
 from ._kv_pages import KVPages as KVPages
 from ._page_table import PageCopies as PageCopies, PageTable as PageTable
+from ._prefix_index import PrefixIndex as PrefixIndex
 from ._ragged_cache import RaggedKV as RaggedKV, RaggedKVCache as RaggedKVCache
 from ._results import RESULTS as RESULTS
 from .kernels._gpu import (

@@ -89,16 +89,19 @@ def read(
             f"was {metadata.get('crc32')}."
         )
     page_size = _page_size(path, metadata.get("page_size"))
-    rows_of_file = [tensors[name] for name in ("page_indices", "kv_lens", "starts")]
-    _check_integers(path, *rows_of_file)
-    num_saved = len(tensors["kv_lens"])
-    if num_rows != num_saved:
+    page_indices, kv_lens, starts = (
+        tensors[name] for name in ("page_indices", "kv_lens", "starts")
+    )
+    _check_integers(path, page_indices, kv_lens, starts)
+    if num_rows != len(kv_lens):
         raise ValueError(
-            f"{path} holds {num_saved} rows, but {num_rows} rows were given to load them "
+            f"{path} holds {len(kv_lens)} rows, but {num_rows} rows were given to load them "
             "into."
         )
-    num_pages = _check_table(path, *rows_of_file, page_size)
-    page_indices, starts, sources = _repaged(*rows_of_file, page_size, table.page_size)
+    num_pages = _check_table(path, page_indices, kv_lens, starts, page_size)
+    page_indices, starts, sources = _repaged(
+        page_indices, kv_lens, starts, page_size, table.page_size
+    )
 
     def pages(name, layer):
         values = tensors[name]
@@ -107,7 +110,7 @@ def read(
 
     return SavedRows(
         page_indices=page_indices,
-        kv_lens=tensors["kv_lens"],
+        kv_lens=kv_lens,
         starts=starts,
         layers=tuple(
             KVPages(
@@ -174,7 +177,7 @@ def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         crc = zlib.crc32(f"{name} {x.dtype} {x.shape}".encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1), crc)
+        crc = zlib.crc32(x.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 

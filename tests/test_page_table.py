@@ -30,9 +30,9 @@ def empty(num_pages=10, num_seqs=4, pages_per_seq=4, page_size=8):
 
 
 # One program an operation and shape, which is much quicker than op by op.
-append, fork, truncate, free = (
+append, fork, truncate, free, drop_before = (
     quick_jit(lambda table, *args, name=name: getattr(table, name)(*args))
-    for name in ("append", "fork", "truncate", "free")
+    for name in ("append", "fork", "truncate", "free", "drop_before")
 )
 
 
@@ -70,6 +70,11 @@ class Pair:
     def truncate(self, *kv_lens):
         self.table = truncate(self.table, ints(kv_lens))
         self.model.truncate(kv_lens)
+        check_table(self.table, self.model)
+
+    def drop_before(self, *starts):
+        self.table = drop_before(self.table, ints(starts))
+        self.model.drop_before(starts)
         check_table(self.table, self.model)
 
     def free(self, *rows):
@@ -125,7 +130,7 @@ def test_sizes_are_checked(name, value):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ("append", "reserve", "truncate"))
+@pytest.mark.parametrize("name", ("append", "reserve", "truncate", "drop_before"))
 def test_counts_are_int32_and_one_a_row(no_type_hook, name, counts, words):
     table, _ = empty()
     with fails_naming(words):

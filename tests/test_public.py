@@ -19,6 +19,7 @@ CLASSES = (
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
     *("Hypotheses",),
 )
+HOST_CLASSES = ("PrefixIndex",)
 ARRAY_FUNCTIONS = (
     *("paged_attention", "ragged_paged_attention", "ragged_mqa", "ragged_mha"),
     *("ragged_gqa", "write_kv"),
@@ -45,7 +46,7 @@ def tree_of(path):
 def test_the_public_names_are_there():
     import eqx_paged
 
-    for name in (*CLASSES, *FUNCTIONS, "RESULTS", "reference"):
+    for name in (*CLASSES, *HOST_CLASSES, *FUNCTIONS, "RESULTS", "reference"):
         assert hasattr(eqx_paged, name), name
     for name in CLASSES:
         assert issubclass(getattr(eqx_paged, name), eqx.Module)
@@ -78,7 +79,7 @@ def public_callables():
         yield name, getattr(eqx_paged, name)
     for name in ARRAY_FUNCTIONS:
         yield f"reference.{name}", getattr(eqx_paged.reference, name)
-    for class_name in CLASSES:
+    for class_name in (*CLASSES, *HOST_CLASSES):
         cls = getattr(eqx_paged, class_name)
         for name, member in vars(cls).items():
             if name.startswith("_") and name != "__call__":
