@@ -95,8 +95,8 @@ def read(
     _check_integers(path, page_indices, kv_lens, starts)
     if num_rows != len(kv_lens):
         raise ValueError(
-            f"{path} holds {len(kv_lens)} rows, but {num_rows} rows were given to load them "
-            "into."
+            f"{path} holds {len(kv_lens)} rows, but {num_rows} rows were given to load "
+            "them into."
         )
     num_pages = _check_table(path, page_indices, kv_lens, starts, page_size)
     page_indices, starts, sources = _repaged(
