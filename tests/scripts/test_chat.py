@@ -192,6 +192,24 @@ def test_an_answers_tokens_stay_those_that_were_made(results, changed, chat_dir)
         assert [turn[name] for turn in made] == [turn[name] for turn in plain]
 
 
+def test_a_special_token_within_an_answer_is_kept_but_not_shown(
+    results, chat, changed, chat_dir
+):
+    plain = results(chat_dir, TURNS)
+    stray = plain[0]["text"].split()[2]
+    # Named by this file alone, in which transformers finds it too.
+    config = {"bos_token": "<bos>", "mask_token": stray}
+    directory = changed(tokenizer_config=json.dumps(config))
+    made = results(directory, TURNS)
+    for name in ("tokens", "num_prompt_tokens", "num_cached_tokens"):
+        assert [turn[name] for turn in made] == [turn[name] for turn in plain]
+    texts = []
+    for before, after in zip(plain, made, strict=True):
+        texts.append(" ".join(x for x in before["text"].split() if x != stray))
+        assert after["text"] == texts[-1]
+    assert chat(directory, TURNS, "--stream").out == "".join(f"{x}\n" for x in texts)
+
+
 def test_a_template_that_rewrites_what_was_said_is_followed(
     results, changed, answer_from_scratch
 ):
