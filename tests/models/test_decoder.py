@@ -37,11 +37,12 @@ def assert_close(actual, expected):
     "changes",
     (
         {},
-        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6},
         {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 8},
-        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 2},
-        {"tie_word_embeddings": True, "rope_theta": 1e6},
-        {"num_hidden_layers": 1, "rms_norm_eps": 0.1},
+        {
+            **{"num_attention_heads": 8, "head_dim": 2},
+            **{"num_hidden_layers": 1, "rms_norm_eps": 0.1},
+        },
     ),
 )
 def test_dense_matches_an_independent_llama(getkey, tmp_path, changes):
