@@ -105,4 +105,4 @@ def _padded_key(key, num_padded):
     bits = jax.random.key_data(key)
     xp = jnp if is_traced(bits) else np
     bits = xp.pad(xp.asarray(bits), ((0, num_padded - len(key)), (0, 0)))
-    return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))
+    return jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(key))

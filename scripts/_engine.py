@@ -149,6 +149,7 @@ def _padded_stops(stop_tokens: tuple[int, ...]) -> Int32[Array, " num_stops"]:
 
 def _peak_bytes(compiled: jax.stages.Compiled) -> int:
     memory = compiled.memory_analysis()
+    assert memory is not None, "XLA tells it on every platform that has a device"
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
