@@ -7,10 +7,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Int32, Key
 
 from ._batch import row_of_token
 from ._cache import PagedKVCache
+from ._log_probs import LogProbs
+from ._next_token import choose, has_stopped
 from ._ragged_cache import RaggedKVCache
 from ._results import RESULTS
 
@@ -22,10 +24,14 @@ class Plan(eqx.Module):
     """What a run is to do.
 
     - `prompts`, `prompt_lens`: what to continue.
-    - `stop_tokens`: tokens after which a prompt is done.
-    - `key`: for the sampler, or None.
-    - `sampler`: `(logits, key) -> tokens`.
-    - `max_new_tokens`: the most tokens to make a prompt.
+    - `stop_tokens`, `stop_sequences`: tokens after which a prompt is done; a sequence is
+        padded at its front with negative numbers.
+    - `limits`: the most tokens to make of each prompt, or None.
+    - `key`: for the sampler: one, one a prompt, or None.
+    - `sampler`: `(logits, key) -> tokens`, with a place for each prompt in its parameters.
+    - `max_new_tokens`: the most tokens to make of any prompt.
+    - `num_log_probs`: how many of the most probable tokens to tell the log-probabilities
+        of, besides that of the chosen one; None for none at all.
     - `num_tokens`: of a mixed step; at least one a row.
     - `in_turn`: whether rows are freed for prompts that wait. If not, prompt `i` extends
         row `i`, and stays in it.
@@ -34,9 +40,12 @@ class Plan(eqx.Module):
     prompts: Int32[Array, "num_prompts max_prompt_len"]
     prompt_lens: Int32[Array, " num_prompts"]
     stop_tokens: Int32[Array, " num_stops"]
-    key: PRNGKeyArray | None
+    stop_sequences: Int32[Array, "num_sequences max_sequence_len"]
+    limits: Int32[Array, " num_prompts"] | None
+    key: Key[Array, ""] | Key[Array, " num_prompts"] | None
     sampler: Callable[..., Any]
     max_new_tokens: int = eqx.field(static=True)
+    num_log_probs: int | None = eqx.field(static=True)
     num_tokens: int = eqx.field(static=True)
     in_turn: bool = eqx.field(static=True)
 
@@ -58,6 +67,8 @@ class State(eqx.Module):
     - `held`: tokens that each row held before its prompt.
     - `waiting`: the prompts that have no row yet, or no more.
     - `tokens`, `lengths`: what was made of each prompt.
+    - `log_probs`: of these tokens, if they are asked for.
+    - `step`: how many steps there were.
     """
 
     cache: Cache
@@ -66,6 +77,7 @@ class State(eqx.Module):
     waiting: Bool[Array, " num_prompts"]
     tokens: Int32[Array, "num_prompts max_new_tokens"]
     lengths: Int32[Array, " num_prompts"]
+    log_probs: LogProbs | None
     step: Int32[Array, ""]
     result: RESULTS
 
@@ -81,19 +93,43 @@ class State(eqx.Module):
 
 def run(model: Any, cache: Cache, plan: Plan, result: RESULTS) -> State:
     """Continues all prompts, if `result` is that they can be."""
+    state = advance(model, begin(cache, plan, result), plan)
+    return free_all(state) if plan.in_turn else state
+
+
+def begin(cache: Cache, plan: Plan, result: RESULTS) -> State:
+    """What there is before the first step."""
     exists = plan.prompt_lens > 0
     none = jnp.full(cache.num_seqs, plan.num_prompts, jnp.int32)
     rows = jnp.arange(cache.num_seqs, dtype=jnp.int32)
-    state = State(
+    shape = (plan.num_prompts, plan.max_new_tokens)
+    log_probs = None
+    if plan.num_log_probs is not None:
+        log_probs = LogProbs.zeros(*shape, plan.num_log_probs)
+    return State(
         cache=cache,
         prompt=none if plan.in_turn else jnp.where(exists, rows, none),
         held=cache.kv_lens,
         waiting=exists & plan.in_turn,
-        tokens=jnp.zeros((plan.num_prompts, plan.max_new_tokens), jnp.int32),
+        tokens=jnp.zeros(shape, jnp.int32),
         lengths=jnp.zeros(plan.num_prompts, jnp.int32),
+        log_probs=log_probs,
         step=jnp.array(0, jnp.int32),
         result=result,
     )
+
+
+def advance(
+    model: Any, state: State, plan: Plan, end: Int32[Array, ""] | None = None
+) -> State:
+    """Continues the prompts until all are done, or until step `end`.
+
+    What a step does depends on the state alone, so that it is the same with and without
+    ends between.
+    """
+
+    def goes_on(state):
+        return state.is_well if end is None else state.is_well & (state.step < end)
 
     def read(state):
         if plan.in_turn:
@@ -109,13 +145,13 @@ def run(model: Any, cache: Cache, plan: Plan, result: RESULTS) -> State:
         some = jnp.any(_reading(state, plan))
         if plan.in_turn:
             some |= jnp.any(_admissible(state, plan))
-        return state.is_well & some
+        return goes_on(state) & some
 
     def decodes(state):
         some = jnp.any(_active(state, plan))
         if not plan.only_decodes:
             some &= ~reads(state)
-        return state.is_well & some
+        return goes_on(state) & some
 
     # What a program never does is not compiled: each loop holds the whole model.
     def turn(state):
@@ -127,12 +163,40 @@ def run(model: Any, cache: Cache, plan: Plan, result: RESULTS) -> State:
 
     if not plan.in_turn:
         return turn(state)
+    return jax.lax.while_loop(
+        lambda state: goes_on(state) & is_unfinished(state, plan), turn, state
+    )
 
-    def goes_on(state):
-        return state.is_well & (jnp.any(_active(state, plan)) | jnp.any(state.waiting))
 
-    state = jax.lax.while_loop(goes_on, turn, state)
-    everything = jnp.ones(cache.num_seqs, bool)
+def is_unfinished(state: State, plan: Plan) -> Bool[Array, ""]:
+    """Whether there are prompts to go on with."""
+    return jnp.any(_active(state, plan)) | jnp.any(state.waiting)
+
+
+def open_prompts(state: State) -> Bool[Array, " num_prompts"]:
+    """The prompts to go on with."""
+    return state.waiting.at[state.prompt].set(True, mode="drop")
+
+
+def end_prompts(
+    state: State,
+    plan: Plan,
+    ended: Bool[Array, " num_prompts"],
+    cancelled: Bool[Array, " num_prompts"],
+) -> State:
+    """Without some prompts; the rows of cancelled ones are emptied, whatever they hold."""
+    leaves = ended.at[state.prompt].get(mode="fill", fill_value=False)
+    return dataclasses.replace(
+        state,
+        cache=state.cache.free(leaves if plan.in_turn else cancelled),
+        prompt=jnp.where(leaves, plan.num_prompts, state.prompt),
+        waiting=state.waiting & ~ended,
+    )
+
+
+def free_all(state: State) -> State:
+    """With all rows empty."""
+    everything = jnp.ones(state.cache.num_seqs, bool)
     return dataclasses.replace(state, cache=state.cache.free(everything))
 
 
@@ -152,7 +216,7 @@ def _step(model, state, plan, num_tokens):
         position = state.num_read[row] + token - batch.cu_q_lens[row]
     tokens = _tokens_at(state, plan, state.prompt[row], position)
     hidden, cache = model(jnp.where(exists, tokens, 0), cache, batch)
-    state = dataclasses.replace(state, cache=cache, result=result)
+    state = dataclasses.replace(state, cache=cache, result=result, step=state.step + 1)
     complete = (q_lens > 0) & (q_lens == left) & state.is_well
     return _sample(model, state, plan, hidden, batch, complete)
 
@@ -183,33 +247,26 @@ def _sample(model, state, plan, hidden, batch, complete):
     goes_on = jnp.zeros_like(complete)
     if plan.max_new_tokens > 0:
         logits = model.unembed(hidden[batch.last_tokens])
-        key = None if plan.key is None else jax.random.fold_in(plan.key, state.step)
-        new = plan.sampler(logits, key)
-        check_sampled(new, logits.shape[0])
-        new = new.astype(jnp.int32)
-        prompt = jnp.where(complete, state.prompt, plan.num_prompts)
-        column = state.lengths.at[prompt].get(mode="clip")
-        stopped = jnp.any(new[:, None] == plan.stop_tokens[None], axis=1)
-        goes_on = complete & ~stopped & (column + 1 < plan.max_new_tokens)
+        new = choose(logits, state, plan)
+        limit, makes = plan.max_new_tokens, complete
+        column = state.lengths.at[state.prompt].get(mode="clip")
+        if plan.limits is not None:
+            limit = jnp.minimum(limit, plan.limits.at[state.prompt].get(mode="clip"))
+            makes = complete & (column < limit)
+        prompt = jnp.where(makes, state.prompt, plan.num_prompts)
         state = dataclasses.replace(
             state,
             tokens=state.tokens.at[prompt, column].set(new, mode="drop"),
             lengths=state.lengths.at[prompt].add(1, mode="drop"),
-            step=state.step + jnp.any(complete).astype(jnp.int32),
         )
+        if state.log_probs is not None:
+            log_probs = state.log_probs.put(prompt, column, logits, new)
+            state = dataclasses.replace(state, log_probs=log_probs)
+        goes_on = makes & ~has_stopped(new, state, plan) & (column + 1 < limit)
     finished = complete & ~goes_on
     prompt = jnp.where(finished, plan.num_prompts, state.prompt)
     cache = state.cache.free(finished) if plan.in_turn else state.cache
     return dataclasses.replace(state, prompt=prompt, cache=cache)
-
-
-def check_sampled(tokens: Array, num_seqs: int) -> None:
-    """Whether a sampler returned a token a row."""
-    if tokens.shape != (num_seqs,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"sampler must return integers of shape {(num_seqs,)}, a token a row, but "
-            f"returned {tokens.dtype} of shape {tokens.shape}."
-        )
 
 
 # --- What rows have yet to do
