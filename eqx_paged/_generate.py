@@ -10,10 +10,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
 from ._batch import RaggedBatch
+from ._draft_model import DraftModel
 from ._generation_checks import check_prompts_fit, is_traced
-from ._generation_loop import Cache, run
+from ._generation_loop import run
 from ._generation_plan import plan_of, result_of_prompts
+from ._generation_state import Cache, Drafted
 from ._log_probs import LogProbs
+from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
 from .samplers._chain import greedy, Keys
 
@@ -54,6 +57,7 @@ class Generation(eqx.Module):
     - `tokens`: the new tokens of each prompt; 0 past its length.
     - `lengths`: how many there are, a stop token included.
     - `log_probs`: theirs, if they were asked for.
+    - `drafted`: what became of drafts, if there were any.
     - `result`: `successful`, or what ended the run early. `tokens` holds what was made
         until then.
     """
@@ -62,6 +66,7 @@ class Generation(eqx.Module):
     lengths: Int32[Array, " num_prompts"]
     result: RESULTS
     log_probs: LogProbs | None = None
+    drafted: Drafted | None = None
 
 
 def generate(
@@ -77,6 +82,7 @@ def generate(
     sampler: Sampler = greedy,
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
+    draft: PromptLookup | DraftModel | None = None,
     prefill_chunk: int = 512,
     throw: bool = True,
 ) -> tuple[Generation, Cache]:
@@ -123,6 +129,10 @@ def generate(
     - `log_probs`: whether to tell the log-probabilities of the new tokens, and of how many
         of the most probable ones in the place of each; 0 tells those of the new ones only.
         See [`eqx_paged.LogProbs`][]. None, the default, computes nothing.
+    - `draft`: where to take more tokens from, for the model to check several at a time:
+        [`eqx_paged.PromptLookup`][] or [`eqx_paged.DraftModel`][]. The tokens made are the
+        same, but for what the model itself makes of more of them at a time; of what a
+        sampler draws, too. `Generation.drafted` tells how many were accepted.
     - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
         all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
@@ -154,9 +164,9 @@ def generate(
         ```
     """
     arguments = (model, cache, prompts, prompt_lens, limits, stop_tokens)
-    if throw and is_traced((*arguments, stop_sequences, sampler, key)):
+    if throw and is_traced((*arguments, stop_sequences, sampler, key, draft)):
         raise ValueError("generate needs throw=False under jit: it cannot raise there.")
-    plan = plan_of(
+    plan, draft_cache = plan_of(
         cache,
         prompts,
         prompt_lens,
@@ -167,24 +177,41 @@ def generate(
         sampler=sampler,
         key=key,
         log_probs=log_probs,
+        draft=draft,
         prefill_chunk=prefill_chunk,
     )
     if throw:
         check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
-    made, result, cache = _run(model, cache, plan)
+    made, result, cache, draft_cache = _run(model, cache, plan, draft_cache)
     if throw and result != RESULTS.successful:
         raise RuntimeError(
             f"{RESULTS[result]} {int(made[1].sum())} tokens had been made until then; "
             "`throw=False` returns them."
         )
-    tokens, lengths, log_probs_made = first_prompts(made, prompts.shape[0])
-    return Generation(tokens, lengths, result, log_probs_made), cache
+    made = first_prompts(made, prompts.shape[0])
+    return generation_of(made, result, draft_cache), cache
 
 
 @eqx.filter_jit
-def _run(model, cache, plan):
-    state = run(model, cache, plan, result_of_prompts(cache, plan))
-    return (state.tokens, state.lengths, state.log_probs), state.result, state.cache
+def _run(model, cache, plan, draft_cache):
+    state = run(model, cache, plan, result_of_prompts(cache, plan), draft_cache)
+    made, draft_cache = made_in(state)
+    return made, state.result, state.cache, draft_cache
+
+
+def made_in(state):
+    """What was made of each prompt; and the cache of a model that drafts."""
+    of_drafts, draft_cache = None, None
+    if state.drafted is not None:
+        of_drafts = state.drafted.proposed, state.drafted.accepted
+        draft_cache = state.drafted.cache
+    return (state.tokens, state.lengths, state.log_probs, of_drafts), draft_cache
+
+
+def generation_of(made, result, draft_cache):
+    tokens, lengths, log_probs, of_drafts = made
+    drafted = None if of_drafts is None else Drafted(draft_cache, *of_drafts)
+    return Generation(tokens, lengths, result, log_probs, drafted)
 
 
 def first_prompts(made, num_prompts):

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._cache import PagedKVCache
+from ._draft_model import DraftModel
+from ._prompt_lookup import PromptLookup
 from .kernels._arguments import check_array
 
 
@@ -118,6 +120,59 @@ def check_key(key, num_prompts):
         raise ValueError(
             f"key must be one key, or one for each of {num_prompts} prompts, but is of "
             f"shape {shape}."
+        )
+
+
+def check_draft(draft, cache):
+    if not isinstance(draft, (PromptLookup, DraftModel)):
+        raise ValueError(
+            f"draft must be a PromptLookup, a DraftModel or None, but is {draft!r}."
+        )
+    if isinstance(draft, DraftModel):
+        _check_draft_cache(draft.cache, cache)
+
+
+def _check_draft_cache(own, cache):
+    """Whether it has room for whatever the other cache has room for."""
+    if own is None:
+        raise ValueError("A DraftModel needs a cache of its own, but its cache is None.")
+    numbers = [("num_seqs", own.num_seqs, cache.num_seqs)]
+    if isinstance(own, PagedKVCache) and isinstance(cache, PagedKVCache):
+        numbers.append(("page_size", own.page_size, cache.page_size))
+    for name, has, other in numbers:
+        if has != other:
+            raise ValueError(
+                f"The cache of a DraftModel must have the {name} of the other one, but has "
+                f"{has} and the other {other}."
+            )
+    if own.max_len < cache.max_len:
+        raise ValueError(
+            f"The cache of a DraftModel has room for {own.max_len} tokens a row, but the "
+            f"other one for {cache.max_len}."
+        )
+    if is_traced((own, cache)):
+        return
+    held, other = np.asarray(own.kv_lens).tolist(), np.asarray(cache.kv_lens).tolist()
+    if held != other:
+        raise ValueError(
+            "The cache of a DraftModel must hold the tokens of the other one, but its rows "
+            f"hold {held} tokens and those of the other {other}."
+        )
+    if isinstance(own, PagedKVCache):
+        _check_draft_pages(own, cache)
+
+
+def _check_draft_pages(own, cache):
+    free = int(own.table.num_free_pages)
+    if isinstance(cache, PagedKVCache):
+        needed = int(cache.table.num_free_pages)
+    else:
+        room = cache.max_len // own.page_size
+        needed = int(np.sum(room - np.asarray(cache.kv_lens) // own.page_size))
+    if free < needed:
+        raise ValueError(
+            f"The cache of a DraftModel has {free} free pages, but the other one can take "
+            f"{needed} more."
         )
 
 

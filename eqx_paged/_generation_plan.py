@@ -6,7 +6,9 @@ import numpy as np
 
 from ._cache import PagedKVCache
 from ._checks import check_int, check_positive, first_of
+from ._draft_model import DraftModel
 from ._generation_checks import (
+    check_draft,
     check_key,
     check_limits,
     check_prompts,
@@ -14,7 +16,7 @@ from ._generation_checks import (
     is_traced,
     padded_sequences,
 )
-from ._generation_loop import Plan
+from ._generation_state import Plan
 from ._results import RESULTS
 from .samplers._chain import Chain, typed_keys
 
@@ -31,12 +33,14 @@ def plan_of(
     sampler,
     key,
     log_probs,
+    draft,
     prefill_chunk,
 ):
-    """The arguments of `generate`, checked, as a plan.
+    """The arguments of `generate`, checked, as a plan, and the cache of a model that
+    drafts.
 
-    It has as many prompts as the cache has rows, at least: so another number of prompts
-    that all have a row is no other program.
+    The plan has as many prompts as the cache has rows, at least: so another number of
+    prompts that all have a row is no other program.
     """
     check_int(max_new_tokens=max_new_tokens, least=0)
     check_positive(prefill_chunk=prefill_chunk)
@@ -48,12 +52,17 @@ def plan_of(
     num_prompts = prompts.shape[0]
     num_padded = max(num_prompts, cache.num_seqs)
     check_key(key, num_prompts)
+    draft_cache = None
+    if draft is not None:
+        check_draft(draft, cache)
+    if isinstance(draft, DraftModel):
+        draft, draft_cache = draft.without_cache(), draft.cache
     if limits is not None:
         check_limits(limits, num_prompts)
         limits = _padded(limits, num_padded)
     if isinstance(sampler, Chain):
         sampler = sampler.of_prompts(num_prompts, num_padded)
-    return Plan(
+    plan = Plan(
         prompts=_padded(prompts, num_padded),
         prompt_lens=_padded(prompt_lens, num_padded),
         stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
@@ -61,6 +70,7 @@ def plan_of(
         limits=limits,
         key=None if key is None else _padded_key(typed_keys(key), num_padded),
         sampler=sampler,
+        draft=draft,
         max_new_tokens=int(max_new_tokens),
         num_log_probs=None if log_probs is None else int(log_probs),
         # Each row that goes on takes part in every step.
@@ -69,6 +79,7 @@ def plan_of(
         ),
         in_turn=num_prompts > cache.num_seqs,
     )
+    return plan, draft_cache
 
 
 def result_of_prompts(cache, plan):

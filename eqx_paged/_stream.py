@@ -10,10 +10,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from ._checks import check_positive
-from ._generate import first_prompts, Generation, Model, Sampler, StopSequences
+from ._draft_model import DraftModel
+from ._generate import (
+    first_prompts,
+    Generation,
+    generation_of,
+    made_in,
+    Model,
+    Sampler,
+    StopSequences,
+)
 from ._generation_checks import check_prompts_fit, is_traced
-from ._generation_loop import advance, begin, Cache, end_prompts, open_prompts, Plan, State
+from ._generation_loop import advance, begin, end_prompts, open_prompts
 from ._generation_plan import plan_of
+from ._generation_state import Cache, Plan, State
+from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
 from .samplers._chain import greedy, Keys
 
@@ -117,9 +128,9 @@ class Stream(Iterator[dict[int, list[int]]]):
         self._ended[:] = True
         self._run(0, throw=False)
         state, self._state = self._held(), None
-        made = (state.tokens, state.lengths, state.log_probs)
-        tokens, lengths, log_probs = first_prompts(made, self._num_prompts)
-        return Generation(tokens, lengths, state.result, log_probs), state.cache
+        made, draft_cache = made_in(state)
+        made = first_prompts(made, self._num_prompts)
+        return generation_of(made, state.result, draft_cache), state.cache
 
     def _run(self, num_steps: int, throw: bool = True) -> dict[int, list[int]]:
         inputs = self._inputs(num_steps)
@@ -165,6 +176,7 @@ def stream(
     sampler: Sampler = greedy,
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
+    draft: PromptLookup | DraftModel | None = None,
     prefill_chunk: int = 512,
     donate_cache: bool = False,
 ) -> Stream:
@@ -185,8 +197,8 @@ def stream(
 
     - `burst`: how many steps to run between two looks; a step makes a token of each prompt
         that has been read and is in a row. Another number compiles again.
-    - `donate_cache`: whether `cache` may be used up. If not, the stream begins with a copy
-        of it, and it is as it was, however the stream ends.
+    - `donate_cache`: whether `cache`, and that of a draft, may be used up. If not, the
+        stream begins with a copy, and it is as it was, however the stream ends.
     - All others: as in `generate`. A chosen token's log-probability is told by `finish`.
 
     **Returns:**
@@ -200,9 +212,9 @@ def stream(
     """
     check_positive(burst=burst)
     arguments = (model, cache, prompts, prompt_lens, limits, stop_tokens, stop_sequences)
-    if is_traced((*arguments, sampler, key)):
+    if is_traced((*arguments, sampler, key, draft)):
         raise ValueError("stream cannot be jitted: it gives tokens to the host.")
-    plan = plan_of(
+    plan, draft_cache = plan_of(
         cache,
         prompts,
         prompt_lens,
@@ -213,17 +225,20 @@ def stream(
         sampler=sampler,
         key=key,
         log_probs=log_probs,
+        draft=draft,
         prefill_chunk=prefill_chunk,
     )
     check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
     if not donate_cache:
-        cache = jax.tree.map(jnp.copy, cache)
-    return Stream(model, plan, _begin(plan, cache), prompts.shape[0], int(burst))
+        cache, draft_cache = jax.tree.map(jnp.copy, (cache, draft_cache))
+    state = _begin(plan, cache, draft_cache)
+    return Stream(model, plan, state, prompts.shape[0], int(burst))
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _begin(plan, cache):
-    return begin(cache, plan, RESULTS.successful)  # That they fit has been checked.
+def _begin(plan, cache, draft_cache):
+    # That they fit has been checked.
+    return begin(cache, plan, RESULTS.successful, draft_cache)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -232,8 +247,7 @@ def _run_burst(inputs, state):
     state = end_prompts(state, plan, ended, cancelled)
     before = state.lengths
     state = advance(model, state, plan, state.step + num_steps)
-    # No prompt makes more tokens than there are steps.
-    width = min(burst, plan.max_new_tokens)
+    width = min(burst * plan.most_per_step, plan.max_new_tokens)
     column = before[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
     rows = jnp.arange(plan.num_prompts, dtype=jnp.int32)[:, None]
     new = state.tokens.at[rows, column].get(mode="fill", fill_value=0)
