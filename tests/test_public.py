@@ -17,16 +17,15 @@ CLASSES = (
     *("PageTable", "PagedKVCache", "KVPages", "RaggedBatch", "RaggedKVCache", "RaggedKV"),
     *("PageCopies",),
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
-    *("Hypotheses",),
+    *("LogProbs", "Hypotheses"),
 )
-HOST_CLASSES = ("PrefixIndex",)
 ARRAY_FUNCTIONS = (
     *("paged_attention", "ragged_paged_attention", "ragged_mqa", "ragged_mha"),
     *("ragged_gqa", "write_kv"),
 )
 FUNCTIONS = (
     *ARRAY_FUNCTIONS,
-    *("merge_residuals", "mha_cost_estimate", "generate", "greedy"),
+    *("merge_residuals", "mha_cost_estimate", "generate", "greedy", "stream"),
     "beam_search",
 )
 
@@ -46,7 +45,7 @@ def tree_of(path):
 def test_the_public_names_are_there():
     import eqx_paged
 
-    for name in (*CLASSES, *HOST_CLASSES, *FUNCTIONS, "RESULTS", "reference"):
+    for name in (*CLASSES, *FUNCTIONS, "RESULTS", "reference"):
         assert hasattr(eqx_paged, name), name
     for name in CLASSES:
         assert issubclass(getattr(eqx_paged, name), eqx.Module)
@@ -79,8 +78,19 @@ def public_callables():
         yield name, getattr(eqx_paged, name)
     for name in ARRAY_FUNCTIONS:
         yield f"reference.{name}", getattr(eqx_paged.reference, name)
-    for class_name in (*CLASSES, *HOST_CLASSES):
-        cls = getattr(eqx_paged, class_name)
+    for name, value in vars(eqx_paged.samplers).items():
+        if inspect.isfunction(value) and not name.startswith("_"):
+            yield f"samplers.{name}", value
+    samplers = eqx_paged.samplers
+    plain = (
+        eqx_paged.Stream,
+        eqx_paged.PrefixIndex,
+        samplers.Chain,
+        samplers.History,
+        samplers.Processor,
+    )
+    for cls in (*(getattr(eqx_paged, name) for name in CLASSES), *plain):
+        class_name = cls.__name__
         for name, member in vars(cls).items():
             if name.startswith("_") and name != "__call__":
                 continue
