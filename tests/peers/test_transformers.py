@@ -210,11 +210,14 @@ def test_a_prompt_is_continued_as_by_transformers(chat_model, capsys, adds):
 
 # --- Beam search
 
+PADDING = 96  # a token that is not found; for 0 transformers takes a stop token instead
+
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_beams, stops", ((1, ()), (3, ()), (3, (21, 60)), (5, (4,))))
+@pytest.mark.parametrize("num_beams, stops", ((1, ()), (3, ()), (3, (9, 81)), (5, (63,))))
 def test_a_beam_search_finds_what_that_of_transformers_finds(num_beams, stops):
-    theirs, decoder = load(ROOT / "llama"), models.load_checkpoint(ROOT / "llama")
+    theirs = load(ROOT / "llama")
+    decoder = models.load_checkpoint(ROOT / "llama", jnp.float32)
     config, num_new = decoder.config, 9
     cache = eqx_paged.PagedKVCache.empty(
         num_layers=config.num_hidden_layers,
@@ -238,7 +241,7 @@ def test_a_beam_search_finds_what_that_of_transformers_finds(num_beams, stops):
                 max_new_tokens=num_new,
                 do_sample=False,
                 eos_token_id=list(stops) or None,
-                pad_token_id=0,
+                pad_token_id=PADDING,
                 return_dict_in_generate=True,
                 output_scores=True,
                 **options,
@@ -255,9 +258,10 @@ def test_a_beam_search_finds_what_that_of_transformers_finds(num_beams, stops):
             )
             lengths |= set(found.lengths[0].tolist())
             sequences = wanted.sequences[:, len(prompt) :].numpy()
+            sequences = np.where(sequences == PADDING, 0, sequences)
             padding = ((0, 0), (0, num_new - sequences.shape[1]))
             np.testing.assert_array_equal(found.tokens[0], np.pad(sequences, padding))
             if num_beams > 1:  # transformers' greedy search has no scores
                 scores = wanted.sequences_scores.numpy()
                 np.testing.assert_allclose(found.scores[0], scores, atol=TOLERANCE)
-    assert len(lengths) > 3 or not stops
+    assert len(lengths) > 2 or not stops
