@@ -9,6 +9,7 @@ import jax.stages
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from ._cache import PagedKVCache
 from ._checks import check_positive
 from ._draft_model import DraftModel
 from ._generate import (
@@ -52,6 +53,20 @@ class Stream(Iterator[dict[int, list[int]]]):
     def finished(self) -> Bool[np.ndarray, " num_prompts"]:
         """Whether there is nothing more to come of each prompt."""
         return ~(self._open & ~self._ended)[: self._num_prompts]
+
+    @property
+    def num_free_pages(self) -> int:
+        """How many pages of the pool are free after the last burst.
+
+        **Raises:**
+
+        `ValueError` over a cache without pages, after [`eqx_paged.Stream.finish`][], or if
+        the last burst was interrupted.
+        """
+        cache = self._held().cache
+        if not isinstance(cache, PagedKVCache):
+            raise ValueError(f"A {type(cache).__name__} has no pages.")
+        return int(cache.table.num_free_pages)
 
     def __next__(self) -> dict[int, list[int]]:
         """Runs a burst.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, HealthCheck, settings, strategies as st
 
 from .helpers import assert_trees_identical, ints, told
 from .test_generate import (
@@ -17,9 +18,11 @@ from .test_generate import (
     generate,
     HEAD_DIM,
     MAX_LEN,
+    MAX_NEW_TOKENS,
     model,  # noqa: F401  a fixture
     NUM_KV_HEADS,
     NUM_LAYERS,
+    PAGE_SIZE,
     prompt,
     TRACES,
 )
@@ -132,3 +135,57 @@ def test_a_row_that_alone_has_too_few_pages_ends_the_run(model):  # noqa: F811
     for made, whole in zip(answers(generation), expected(PROMPTS)):
         assert made == whole[: len(made)]
     assert_all_free(cache)
+
+
+@st.composite
+def arrivals(draw):
+    """Prompts in some order, some of them again; limits; stop tokens; free pages."""
+    order = draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=8, max_size=8))
+    limits = draw(st.lists(st.integers(0, MAX_NEW_TOKENS), min_size=8, max_size=8))
+    made = sorted({token for tokens in expected(PROMPTS) for token in tokens})
+    stops = draw(st.lists(st.sampled_from(made), max_size=3))
+    pages = draw(st.permutations(range(12)))
+    # As many as the longest prompt needs by itself, at least.
+    lens = [len(PROMPTS[i]) + max(0, n - 1) for i, n in zip(order, limits)]
+    num_free = draw(st.integers(max(1, -(-max(lens) // PAGE_SIZE)), 12))
+    return order, limits, stops, pages, num_free
+
+
+def with_free_pages(cache, pages, num_free):
+    """An empty cache of which only the first of some pages are free, in this order."""
+    held = np.zeros(len(pages), np.int32)
+    held[list(pages[num_free:])] = 1
+    table = dataclasses.replace(
+        cache.table,
+        free_pages=ints(pages),
+        ref_counts=jnp.asarray(held),
+        num_free_pages=jnp.array(num_free, jnp.int32),
+    )
+    return dataclasses.replace(cache, table=table), held
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=arrivals())
+def test_whatever_arrives_is_continued_as_by_itself(model, case):  # noqa: F811
+    order, limits, stops, pages, num_free = case
+    prompts = [PROMPTS[i] for i in order]
+    cache = poisoned(empty(num_seqs=3, num_pages=12))
+    cache, held = with_free_pages(cache, pages, num_free)
+    # Of one shape, so that one program serves all.
+    options = dict(limits=np.array(limits), stop_tokens=[*stops, *[-1] * (3 - len(stops))])
+    generation, cache = generate(model, cache, prompts, **options)
+    new = [made[:n] for made, n in zip(expected(prompts, stops), limits)]
+    assert answers(generation) == new
+    table = cache.table
+    assert int(table.num_free_pages) == num_free and not np.any(table.kv_lens)
+    free = table.free_pages[:num_free].tolist()
+    assert sorted(free) == sorted(pages[:num_free])
+    np.testing.assert_array_equal(table.ref_counts, held)
+    for pool in jax.tree.leaves(cache.layers):
+        assert np.all(np.isnan(pool[held == 1])), "a page that was not free was written"
