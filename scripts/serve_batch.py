@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     need = Need.of(checkpoint, shape, options.dtype)
     _check_memory(need, shape["num_pages"])
     model = checkpoint.load(options.dtype)
-    print("compiling ...", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("compiling ...", file=sys.stderr)
     bursts = begin(model, batch)
     peak_bytes = bytes_of(bursts.compile())
     seen, num_finished = _run(bursts, batch, codec, shape["num_pages"], options.out)

@@ -165,7 +165,7 @@ def with_free_pages(cache, pages, num_free):
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
