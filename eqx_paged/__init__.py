@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import reference as reference
+from . import reference as reference, samplers as samplers
 from ._attention import (
     PagedAttention as PagedAttention,
     PagedMultiheadAttention as PagedMultiheadAttention,
@@ -11,18 +11,22 @@ from ._attention import (
 from ._batch import RaggedBatch as RaggedBatch
 from ._beam_search import beam_search as beam_search, Hypotheses as Hypotheses
 from ._cache import PagedKVCache as PagedKVCache
+from ._draft_model import DraftModel as DraftModel
 from ._generate import (
     generate as generate,
     Generation as Generation,
-    greedy as greedy,
-    Model as Model,
     Sampler as Sampler,
 )
+from ._generation_state import Drafted as Drafted
 from ._kv_pages import KVPages as KVPages
+from ._log_probs import LogProbs as LogProbs
+from ._model import Model as Model
 from ._page_table import PageCopies as PageCopies, PageTable as PageTable
 from ._prefix_index import PrefixIndex as PrefixIndex
+from ._prompt_lookup import PromptLookup as PromptLookup
 from ._ragged_cache import RaggedKV as RaggedKV, RaggedKVCache as RaggedKVCache
 from ._results import RESULTS as RESULTS
+from ._stream import Stream as Stream, stream as stream
 from .kernels._gpu import (
     MosaicGPUConfig as MosaicGPUConfig,
     TritonConfig as TritonConfig,
@@ -40,6 +44,7 @@ from .kernels.ragged_paged_attention import (
     ragged_paged_attention as ragged_paged_attention,
 )
 from .kernels.write_kv import write_kv as write_kv
+from .samplers import greedy as greedy
 
 
 __version__ = _version("eqx_paged")

@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from ._cache import PagedKVCache
 from ._checks import check_positive, first_of
-from ._generate import _check_prompts, _check_stop_tokens, _is_traced, generate, Model
+from ._generate import generate
+from ._generation_checks import check_prompts, check_stop_tokens, is_traced
+from ._model import Model
 from ._results import RESULTS
 
 
@@ -91,8 +93,8 @@ def beam_search(
     check_positive(
         num_beams=num_beams, max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk
     )
-    _check_prompts(prompts, prompt_lens)
-    _check_stop_tokens(stop_tokens)
+    check_prompts(prompts, prompt_lens)
+    check_stop_tokens(stop_tokens)
     if early_stopping not in (True, False, "never"):
         raise ValueError(
             f'early_stopping must be True, False or "never", but is {early_stopping!r}.'
@@ -104,7 +106,7 @@ def beam_search(
             f"{num_prompts * num_beams} rows, but the cache has {cache.num_seqs}."
         )
     arguments = (model, cache, prompts, prompt_lens, stop_tokens, length_penalty)
-    if throw and _is_traced(arguments):
+    if throw and is_traced(arguments):
         raise ValueError("beam_search needs throw=False under jit: it cannot raise there.")
     if throw:
         _check_fit(cache, max_prompt_len, np.asarray(prompt_lens), num_beams)

@@ -1,21 +1,23 @@
 """Generation: prefill in chunks, then a loop of decode steps, as one program."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
-from ._batch import RaggedBatch
-from ._cache import PagedKVCache
-from ._checks import check_int, check_positive, first_of
-from ._generation_loop import Cache, Plan, run
+from ._draft_model import DraftModel
+from ._generation_checks import check_prompts_fit, is_traced
+from ._generation_loop import run
+from ._generation_plan import plan_of, result_of_prompts
+from ._generation_state import Cache, Drafted
+from ._log_probs import LogProbs
+from ._model import Model
+from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
-from .kernels._arguments import check_array
+from .samplers._chain import greedy, Keys
 
 
 Sampler = Callable[
@@ -23,24 +25,12 @@ Sampler = Callable[
     Int32[Array, " num_seqs"],
 ]
 """Chooses a token a row: called with the logits of each row's next token, and a key or
-None; returns the tokens."""
+None; returns the tokens. With a key, `generate` calls it for one row at a time, under
+`jax.vmap`, each with a key of its own. [`eqx_paged.samplers`](samplers.md) makes them."""
 
 
-@runtime_checkable
-class Model(Protocol):
-    """What `generate` asks of a model."""
-
-    def __call__(
-        self, tokens: Int32[Array, " num_tokens"], cache: Any, batch: RaggedBatch
-    ) -> tuple[Float[Array, "num_tokens hidden_size"], Any]:
-        """The hidden state of each token, and the cache with their keys and values."""
-        ...
-
-    def unembed(
-        self, hidden: Float[Array, "num_tokens hidden_size"]
-    ) -> Float[Array, "num_tokens vocab_size"]:
-        """The logits of the token after each."""
-        ...
+StopSequences = Sequence[Sequence[int]] | Int[Array | np.ndarray, "num_sequences max_len"]
+"""Lists of tokens; as an array, the shorter ones padded in front with negative numbers."""
 
 
 class Generation(eqx.Module):
@@ -48,6 +38,8 @@ class Generation(eqx.Module):
 
     - `tokens`: the new tokens of each prompt; 0 past its length.
     - `lengths`: how many there are, a stop token included.
+    - `log_probs`: theirs, if they were asked for.
+    - `drafted`: what became of drafts, if there were any.
     - `result`: `successful`, or what ended the run early. `tokens` holds what was made
         until then.
     """
@@ -55,24 +47,8 @@ class Generation(eqx.Module):
     tokens: Int32[Array, "num_prompts max_new_tokens"]
     lengths: Int32[Array, " num_prompts"]
     result: RESULTS
-
-
-def greedy(
-    logits: Float[Array, "num_seqs vocab_size"], key: PRNGKeyArray | None = None
-) -> Int32[Array, " num_seqs"]:
-    """The sampler that takes the most probable token.
-
-    **Arguments:**
-
-    - `logits`: of each row's next token.
-    - `key`: not used.
-
-    **Returns:**
-
-    A token a row; the first of several equally probable ones.
-    """
-    del key
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    log_probs: LogProbs | None = None
+    drafted: Drafted | None = None
 
 
 def generate(
@@ -82,19 +58,25 @@ def generate(
     prompt_lens: Int[Array | np.ndarray, " num_prompts"],
     *,
     max_new_tokens: int,
+    limits: Int[Array | np.ndarray, " num_prompts"] | None = None,
     stop_tokens: Sequence[int] | Int[Array | np.ndarray, " num_stops"] = (),
+    stop_sequences: StopSequences = (),
     sampler: Sampler = greedy,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray | Keys | None = None,
+    log_probs: int | None = None,
+    draft: PromptLookup | DraftModel | None = None,
     prefill_chunk: int = 512,
     throw: bool = True,
 ) -> tuple[Generation, Cache]:
     """Continues prompts, each until a stop token or `max_new_tokens`.
 
     One compiled program: the prompts are read in chunks, beside rows that have been read
-    and go on, and then a loop makes a token a row and turn. Prompts, their lengths and the
-    stop tokens are data; a program is compiled for each `max_prompt_len`,
-    `max_new_tokens`, `prefill_chunk`, number of stop tokens, sampler, kind of cache, with
-    and without a key, and for each number of prompts beyond the cache's rows.
+    and go on, and then a loop makes a token a row and turn. Prompts, their lengths, limits,
+    keys, what stops them and the sampler's parameters are data; a program is compiled for
+    each `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, shape of `stop_tokens` and
+    `stop_sequences`, kind of sampler, `log_probs` and kind of cache, with and without
+    limits, with one key, many or none, and for each number of prompts beyond the cache's
+    rows.
 
     With at most as many prompts as rows, prompt `i` extends row `i`, whatever the row
     holds: a second turn of a conversation gives its own text only, which begins with the
@@ -114,11 +96,25 @@ def generate(
     - `prompts`: padded with any int32.
     - `prompt_lens`: the tokens of each prompt; one of length 0 leaves its row idle.
     - `max_new_tokens`: the most tokens to make a prompt. 0 only reads the prompts.
+    - `limits`: for each prompt, the most tokens to make of it, if less.
     - `stop_tokens`: tokens after which a row is done.
-    - `sampler`: `(logits, key) -> tokens`. Pass the same function object each time: another
-        one, an equal lambda included, compiles again.
-    - `key`: for the sampler, split for each step that makes tokens. May be None if the
-        sampler needs none.
+    - `stop_sequences`: the same for several tokens in a row, all of them new. A text can be
+        made of other tokens than those that a tokenizer cuts it into, so that this does not
+        find every stop string; [`eqx_paged.stream`][] lets you look at the text.
+    - `sampler`: `(logits, key) -> tokens`, such as [`eqx_paged.samplers.chain`][] makes.
+        Pass the same function object each time: another one, an equal lambda included,
+        compiles again.
+    - `key`: for the sampler: one, from which each prompt's own is folded by its index, or
+        one a prompt. A prompt's `i`-th new token, from 0, is drawn by its own key folded by
+        `i`, so that what is drawn does not depend on the other prompts, the rows or the
+        pages. May be None if the sampler needs none.
+    - `log_probs`: whether to tell the log-probabilities of the new tokens, and of how many
+        of the most probable ones in the place of each; 0 tells those of the new ones only.
+        See [`eqx_paged.LogProbs`][]. None, the default, computes nothing.
+    - `draft`: where to take more tokens from, for the model to check several at a time:
+        [`eqx_paged.PromptLookup`][] or [`eqx_paged.DraftModel`][]. The tokens made are the
+        same, but for what the model itself makes of more of them at a time; of what a
+        sampler draws, too. `Generation.drafted` tells how many were accepted.
     - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
         all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
@@ -149,158 +145,61 @@ def generate(
             )
         ```
     """
-    check_int(max_new_tokens=max_new_tokens, least=0)
-    check_positive(prefill_chunk=prefill_chunk)
-    _check_prompts(prompts, prompt_lens)
-    _check_stop_tokens(stop_tokens)
-    num_prompts, max_prompt_len = prompts.shape
-    arguments = (model, cache, prompts, prompt_lens, stop_tokens, key)
-    if throw and _is_traced(arguments):
+    arguments = (model, cache, prompts, prompt_lens, limits, stop_tokens)
+    if throw and is_traced((*arguments, stop_sequences, sampler, key, draft)):
         raise ValueError("generate needs throw=False under jit: it cannot raise there.")
-    if throw:
-        _check_prompts_fit(cache, max_prompt_len, np.asarray(prompt_lens))
-    # Rows and not prompts, and outside the program: another number of prompts that all
-    # have a row is no other program.
-    xp = jnp if _is_traced((prompts, prompt_lens)) else np
-    extra = max(0, cache.num_seqs - num_prompts)
-    prompts = xp.pad(xp.asarray(prompts, xp.int32), ((0, extra), (0, 0)))
-    prompt_lens = xp.pad(xp.asarray(prompt_lens, xp.int32), (0, extra))
-    plan = Plan(
-        prompts=jnp.asarray(prompts),
-        prompt_lens=jnp.asarray(prompt_lens),
-        stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
-        key=key,
+    plan, draft_cache = plan_of(
+        cache,
+        prompts,
+        prompt_lens,
+        max_new_tokens=max_new_tokens,
+        limits=limits,
+        stop_tokens=stop_tokens,
+        stop_sequences=stop_sequences,
         sampler=sampler,
-        max_new_tokens=int(max_new_tokens),
-        # Each row that goes on takes part in every step.
-        num_tokens=max(min(int(prefill_chunk), prompts.size), cache.num_seqs),
-        in_turn=num_prompts > cache.num_seqs,
+        key=key,
+        log_probs=log_probs,
+        draft=draft,
+        prefill_chunk=prefill_chunk,
     )
-    tokens, lengths, result, cache = _run(model, cache, plan)
+    if throw:
+        check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
+    made, result, cache, draft_cache = _run(model, cache, plan, draft_cache)
     if throw and result != RESULTS.successful:
         raise RuntimeError(
-            f"{RESULTS[result]} {int(lengths.sum())} tokens had been made until then; "
+            f"{RESULTS[result]} {int(made[1].sum())} tokens had been made until then; "
             "`throw=False` returns them."
         )
-    if extra > 0:
-        xp = jnp if _is_traced(tokens) else np
-        tokens, lengths = (xp.asarray(x)[:num_prompts] for x in (tokens, lengths))
-    # Put and not converted, which would compile for each number of prompts.
-    generation = Generation(jax.device_put(tokens), jax.device_put(lengths), result)
-    return generation, cache
+    made = first_prompts(made, prompts.shape[0])
+    return generation_of(made, result, draft_cache), cache
 
 
 @eqx.filter_jit
-def _run(model, cache, plan):
-    state = run(model, cache, plan, _result_of_prompts(cache, plan))
-    return state.tokens, state.lengths, state.result, state.cache
+def _run(model, cache, plan, draft_cache):
+    state = run(model, cache, plan, result_of_prompts(cache, plan), draft_cache)
+    made, draft_cache = made_in(state)
+    return made, state.result, state.cache, draft_cache
 
 
-def _result_of_prompts(cache, plan):
-    """Whether the prompts can be read, before any work."""
-    max_prompt_len = plan.prompts.shape[1]
-    invalid = jnp.any((plan.prompt_lens > max_prompt_len) | (plan.prompt_lens < 0))
-    if not plan.in_turn:
-        # All of them at once, so that a chunk cannot fail after another has been read.
-        _, _, result = cache.append(plan.prompt_lens, plan.num_prompts * max_prompt_len)
-        return RESULTS.where(invalid, RESULTS.invalid_argument, result)
-    longest = jnp.max(plan.prompt_lens)
-    faults = [
-        (invalid, RESULTS.invalid_argument),
-        (longest > cache.max_len, RESULTS.sequence_too_long),
-        (jnp.any(cache.kv_lens > 0), RESULTS.row_in_use),
-    ]
-    if isinstance(cache, PagedKVCache):
-        most = cache.table.num_pages * cache.page_size
-        faults.insert(2, (longest > most, RESULTS.out_of_pages))
-    return first_of(*faults)
+def made_in(state):
+    """What was made of each prompt; and the cache of a model that drafts."""
+    of_drafts, draft_cache = None, None
+    if state.drafted is not None:
+        of_drafts = state.drafted.proposed, state.drafted.accepted
+        draft_cache = state.drafted.cache
+    return (state.tokens, state.lengths, state.log_probs, of_drafts), draft_cache
 
 
-def _is_traced(tree):
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+def generation_of(made, result, draft_cache):
+    tokens, lengths, log_probs, of_drafts = made
+    drafted = None if of_drafts is None else Drafted(draft_cache, *of_drafts)
+    return Generation(tokens, lengths, result, log_probs, drafted)
 
 
-def _check_prompts(prompts, prompt_lens):
-    check_array("prompts", prompts)
-    check_array("prompt_lens", prompt_lens)
-    if prompts.ndim != 2 or prompt_lens.shape != prompts.shape[:1]:
-        raise ValueError(
-            "prompts must be [num_prompts, max_prompt_len] and prompt_lens [num_prompts], "
-            f"but their shapes are {prompts.shape} and {prompt_lens.shape}."
-        )
-    for name, array in (("prompts", prompts), ("prompt_lens", prompt_lens)):
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, but is {array.dtype}.")
-    num_prompts, max_prompt_len = prompts.shape
-    if num_prompts < 1:
-        raise ValueError("prompts must have a row a prompt, but num_prompts is 0.")
-    if max_prompt_len < 1:
-        raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
-    _check_int32("prompts", prompts)
-    _check_int32("prompt_lens", prompt_lens)
-
-
-def _check_stop_tokens(tokens):
-    array = tokens
-    if not hasattr(tokens, "dtype"):
-        array = (jnp if _is_traced(tokens) else np).asarray(tokens)
-    integers = array.size == 0 or jnp.issubdtype(array.dtype, jnp.integer)
-    if array.ndim != 1 or not integers:
-        raise ValueError(f"stop_tokens must be a list of integers, but is {tokens!r}.")
-    _check_int32("stop_tokens", array)
-
-
-def _check_int32(name, array):
-    # An array of int32 on a device stays there.
-    if np.can_cast(array.dtype, np.int32) or _is_traced(array):
-        return
-    array = np.asarray(array)
-    int32 = np.iinfo(np.int32)
-    if array.size and not int32.min <= array.min() <= array.max() <= int32.max:
-        raise ValueError(
-            f"{name} must be int32, but reach from {array.min()} to {array.max()}."
-        )
-
-
-def _check_prompts_fit(cache, max_prompt_len, prompt_lens):
-    in_turn = len(prompt_lens) > cache.num_seqs
-    held = np.asarray(cache.kv_lens)
-    if in_turn and held.any():
-        raise ValueError(
-            f"{len(prompt_lens)} prompts go through {cache.num_seqs} rows in turn, which "
-            f"must be empty, but they hold {held.sum()} tokens."
-        )
-    held = np.resize(held, len(prompt_lens))  # 0 for prompts without a row
-    for i, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
-        if not 0 <= new <= max_prompt_len:
-            raise ValueError(
-                f"Prompt {i} has length {new}, but prompts has room for 0 to "
-                f"{max_prompt_len} tokens each."
-            )
-        if old + new > cache.max_len:
-            where = "" if in_turn else f" and row {i} of the cache holds {old}"
-            raise ValueError(
-                f"Prompt {i} has {new} tokens{where}, but a row has room for "
-                f"{cache.max_len}."
-            )
-    if isinstance(cache, PagedKVCache):
-        size, num_free = cache.page_size, int(cache.table.num_free_pages)
-        pages = -(-(held + prompt_lens) // size) - -(-held // size)
-        if in_turn:
-            needed, who = int(pages.max()), f"Prompt {int(pages.argmax())} needs"
-        else:
-            needed = int(pages.sum()) + _num_copies(cache.table, held, prompt_lens)
-            who = "The prompts need"
-        if needed > num_free:
-            raise ValueError(
-                f"{who} {needed} pages of {size} tokens, but {num_free} are free."
-            )
-
-
-def _num_copies(table, held, prompt_lens):
-    """Pages that the prompts' rows share with others, and must copy to write to."""
-    writers = np.flatnonzero((prompt_lens > 0) & (held % table.page_size > 0))
-    tails = np.asarray(table.page_indices)[writers, held[writers] // table.page_size]
-    pages, counts = np.unique(tails, return_counts=True)
-    # Where all holders write, one of them keeps the page.
-    return int(np.sum(counts - (counts == np.asarray(table.ref_counts)[pages])))
+def first_prompts(made, num_prompts):
+    """What was made of the prompts, without that of padding."""
+    if jax.tree.leaves(made)[0].shape[0] == num_prompts:
+        return made
+    xp = jnp if is_traced(made) else np
+    # Put and not converted, which would compile for each number of prompts.
+    return jax.tree.map(lambda x: jax.device_put(xp.asarray(x)[:num_prompts]), made)

@@ -15,13 +15,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ._files import existing_directory, read_object, read_text
+from ._files import existing_directory, optional_object, read_text
+from ._tokenizer import special_tokens, TOKENIZER_CONFIG
 
 
 TEMPLATE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-# What older files of a tokenizer keep apart.
-SPECIAL_TOKENS = "special_tokens_map.json"
 
 # A template is a program: besides Jinja's own, it may fail with what Python raises.
 _FAILURES = (
@@ -104,7 +102,7 @@ def load_chat_template(directory: str | os.PathLike) -> ChatTemplate:
     there is none, or what is wrong with it.
     """
     root = existing_directory(directory)
-    config = _optional_object(root / TOKENIZER_CONFIG)
+    config = optional_object(root / TOKENIZER_CONFIG)
     path = root / TEMPLATE
     if path.is_file():
         source = read_text(path)
@@ -115,17 +113,12 @@ def load_chat_template(directory: str | os.PathLike) -> ChatTemplate:
         raise ValueError(
             f"{root}: no chat template, neither {TEMPLATE} nor in {TOKENIZER_CONFIG}"
         )
-    tokens = _special_tokens(_optional_object(root / SPECIAL_TOKENS) | config)
-    template = ChatTemplate(source, tokens)
+    template = ChatTemplate(source, special_tokens(root))
     try:
         template._template  # noqa: B018  Compiled, to find its mistakes now.
     except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise ValueError(f"{path}: not a chat template ({error})") from error
     return template
-
-
-def _optional_object(path: pathlib.Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
 
 
 def _default_template(path: pathlib.Path, given: Any) -> str | None:
@@ -137,17 +130,6 @@ def _default_template(path: pathlib.Path, given: Any) -> str | None:
     if given is not None and not isinstance(given, str):
         raise ValueError(f"{path}: chat_template is no text")
     return given
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {}
-    for name, value in config.items():
-        if name.endswith("_token"):
-            # Older files say more of a token than its text.
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                tokens[name] = content
-    return tokens
 
 
 # --- What templates use besides Jinja's own

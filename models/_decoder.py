@@ -85,6 +85,11 @@ class DecoderLayer(eqx.Module):
         return x + _normed(self.post_mlp_norm, out), state
 
 
+# Traced once for all layers: for the hundred of a large model, even their shapes alone
+# would take seconds.
+_layer = eqx.filter_jit(DecoderLayer)
+
+
 class Decoder(eqx.Module):
     """A decoder: RMSNorm, rotary positions, grouped-query attention and a gated
     feed-forward block, in the variants that its configuration names.
@@ -121,7 +126,7 @@ class Decoder(eqx.Module):
         # A matrix that is also the output must not make huge logits of its own vectors.
         scale = hidden_size**-0.5 if config.tie_word_embeddings else 1.0
         self.embed_tokens = Embedding(vocab_size, hidden_size, scale=scale, key=embed_key)
-        self.layers = tuple(DecoderLayer(config, key=key) for key in layer_keys)
+        self.layers = tuple(_layer(config, key=key) for key in layer_keys)
         self.norm = norm_of(config, hidden_size)
         if config.tie_word_embeddings:
             self.lm_head = None

@@ -41,6 +41,11 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
+def optional_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object that a file holds; an empty one if there is no file."""
+    return read_object(path) if path.is_file() else {}
+
+
 def replace_file(path: pathlib.Path, content: bytes) -> None:
     """Writes a file as a whole: a reader finds the old content or the new."""
     partial = partial_path(path)

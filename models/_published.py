@@ -32,14 +32,30 @@ _USUAL = {
 _NULLABLE = {name for name, value in _USUAL.items() if value is None}
 _AS_THEY_ARE = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
 # The options that are off at another value than false or 0.
-_NEUTRAL = {"is_causal": True, "pretraining_tp": 1}
+_NEUTRAL = {"is_causal": True, "pretraining_tp": 1, "pruned_heads": {}}
 _HARMLESS = {
     *("model_type", "transformers_version", "_name_or_path", "auto_map"),
     *("torch_dtype", "dtype", "use_cache", "initializer_range", "pad_token_id"),
     *("cache_implementation", "output_attentions", "output_hidden_states"),
     *("return_dict", "is_llama_config", "transformers.js_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
-    *("unsloth_fixed", "unsloth_version", "max_sequence_length"),
+    *("unsloth_fixed", "unsloth_version", "max_sequence_length", "_commit_hash"),
+    *("id2label", "label2id", "tokenizer_class"),
+}
+# How to make a text, which older files say here too. Like what `generation_config.json`
+# says of it, it is not used.
+_GENERATION = {
+    *("max_length", "min_length", "max_new_tokens", "min_new_tokens", "early_stopping"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "num_beams", "num_beam_groups", "length_penalty"),
+    *("diversity_penalty", "repetition_penalty", "encoder_repetition_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("num_return_sequences", "output_scores", "return_dict_in_generate"),
+    *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "low_memory"),
+    *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+    *("penalty_alpha", "guidance_scale"),
 }
 # Read here or by `_check_supported`, in any family.
 _READ = {
@@ -135,9 +151,9 @@ def _check_supported(published: Mapping[str, Any], family: Family) -> None:
     if family.windows != "none":
         own.add("sliding_window")
     neutral = {**_NEUTRAL, **family.neutral, **_neutral_of_others(published, family)}
-    read_here = _READ | own | _keys_of(family)
+    passed = _READ | own | _keys_of(family) | _HARMLESS | _GENERATION
     for name, value in published.items():
-        if name in read_here or name in _HARMLESS or value is None:
+        if name in passed or value is None:
             continue
         # What is not known here and said to be off is not used either.
         if value != neutral.get(name, False):

@@ -1,12 +1,18 @@
 """A checkpoint's tokenizer, and the tokens that end what it is asked for."""
 
 import os
+import pathlib
 
 from tokenizers import Tokenizer
 
 from ._checks import check_token
 from ._config import DecoderConfig
-from ._files import existing_directory, existing_file, read_object
+from ._files import existing_directory, existing_file, optional_object
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What older files of a tokenizer keep apart.
+_SPECIAL_TOKENS = "special_tokens_map.json"
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
@@ -19,17 +25,44 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     **Returns:**
 
     The tokenizer, without the cutting and filling up to a length that a file may ask
-    for, which is of training. A missing file is a `FileNotFoundError`, one that is broken a
+    for, which is of training; and with the tokens of `special_tokens`, so that `decode`
+    leaves them out. A missing file is a `FileNotFoundError`, one that is broken a
     `ValueError`.
     """
-    path = existing_file(existing_directory(directory), "tokenizer.json")
+    root = existing_directory(directory)
+    path = existing_file(root, "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises nothing narrower.
         raise ValueError(f"{path}: not a tokenizer ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    named = special_tokens(root).values()
+    tokenizer.add_special_tokens([text for text in named if text not in known])
     return tokenizer
+
+
+def special_tokens(root: pathlib.Path) -> dict[str, str]:
+    """The special tokens that a checkpoint names.
+
+    **Arguments:**
+
+    - `root`: may hold `tokenizer_config.json` and `special_tokens_map.json`.
+
+    **Returns:**
+
+    Their texts, by names such as `bos_token`. A broken file is a `ValueError`.
+    """
+    older, newer = (optional_object(root / x) for x in (_SPECIAL_TOKENS, TOKENIZER_CONFIG))
+    tokens = {}
+    for name, value in (older | newer).items():
+        if name.endswith("_token"):
+            # Older files say more of a token than its text.
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str):
+                tokens[name] = content
+    return tokens
 
 
 def load_stop_tokens(
@@ -49,9 +82,7 @@ def load_stop_tokens(
     is a `ValueError`.
     """
     path = existing_directory(directory) / "generation_config.json"
-    if not path.is_file():
-        return config.eos_token_id
-    given = read_object(path).get("eos_token_id")
+    given = optional_object(path).get("eos_token_id")
     if given is None:
         return config.eos_token_id
     tokens = tuple(given) if isinstance(given, list) else (given,)

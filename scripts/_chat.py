@@ -68,25 +68,14 @@ class Conversation:
 
 
 def whole_chat(job: Job) -> Job:
-    """A job as long as the conversation may become, of which `job` makes the turns.
-
-    No longer either: a model may turn its positions by how long a row can become.
-    """
-    return dataclasses.replace(job, max_new_tokens=job.max_len, burst=1)
+    """A job as long as the conversation may become, of which `job` makes the turns."""
+    return dataclasses.replace(job, max_new_tokens=job.max_len)
 
 
 def turn_of(job: Job, prompt: tuple[int, ...], number: int) -> Job:
     """The job of one turn, whose cache is that of `whole_chat`."""
-    num_bursts = -(-job.room(prompt) // job.burst)
-    has_room = len(prompt) + num_bursts * job.burst <= job.max_len
-    return dataclasses.replace(
-        job,
-        prompts=(prompt,),
-        # The cache has no room for tokens that are not wanted.
-        burst=job.burst if has_room else 1,
-        # Each turn has draws of its own.
-        seed=(job.seed + number) % 2**32,
-    )
+    # Each turn has draws of its own.
+    return dataclasses.replace(job, prompts=(prompt,), seed=(job.seed + number) % 2**32)
 
 
 def chat(

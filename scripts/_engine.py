@@ -1,13 +1,12 @@
 """Runs ragged prompts through a model and a paged cache that is sized to them.
 
-A run is one prefill and then bursts of decode steps, each a call of one compiled
-program; between bursts the host sees the tokens. Every shape is rounded up to a bucket,
-so that jobs of about the same size share their programs, and each program is compiled
-before its clock starts.
+A run is one prefill and then a stream of bursts of decode steps; between bursts the host
+sees the tokens, and ends prompts whose text is complete. Every shape is rounded up to a
+bucket, so that jobs of about the same size share their programs, and each program is
+compiled before its clock starts.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,10 +14,20 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.stages
 import models
 import numpy as np
-from eqx_paged import generate, Generation, greedy, PagedKVCache, RESULTS, Sampler
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from eqx_paged import (
+    generate,
+    Generation,
+    greedy,
+    PagedKVCache,
+    RESULTS,
+    Sampler,
+    Stream,
+    stream,
+)
+from jaxtyping import Array, Int32
 
 from ._held import Held, shortened
 
@@ -29,28 +38,7 @@ MIN_PROMPT_LEN = 32
 MIN_LEN = 128
 MIN_PAGES = 16
 MIN_STOPS = 8
-
-
-class Temperature(eqx.Module):
-    """Draws each token with probability `softmax(logits / temperature)`."""
-
-    temperature: Float[Array, ""]
-
-    def __call__(
-        self, logits: Float[Array, "num_seqs vocab_size"], key: PRNGKeyArray | None
-    ) -> Int32[Array, " num_seqs"]:
-        """**Arguments:**
-
-        - `logits`: a score for each token, for each row.
-        - `key`: where the chance comes from.
-
-        **Returns:**
-
-        One token a row.
-        """
-        assert key is not None, "a program gives each of its calls a key"
-        logits = logits.astype(jnp.float32) / self.temperature
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+MIN_NEW_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +65,13 @@ class Program:
     - `model`: what to run.
     - `max_prompt_len`: the longest prompt of a call.
     - `max_new_tokens`: how many tokens a call makes of each prompt at most.
-    - `stop_tokens`, `sampler`: as in `eqx_paged.generate`.
-    - `seed`: of the sampler.
+    - `stop_tokens`: as in `eqx_paged.generate`.
     """
 
     model: models.Decoder
     max_prompt_len: int
     max_new_tokens: int
     stop_tokens: tuple[int, ...] = ()
-    sampler: Sampler = greedy
-    seed: int = 0
 
     def compile(self, cache: PagedKVCache) -> tuple[PagedKVCache, int]:
         """Compiles for this size of cache.
@@ -96,19 +81,12 @@ class Program:
         The cache, and the most bytes that the program holds at one time: weights, cache
         and what it needs besides.
         """
-        compiled = _extend.lower(self._inputs([], cache, 0), cache).compile().compiled
-        memory = compiled.memory_analysis()
-        peak_bytes = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
+        compiled = _extend.lower(self._inputs([], cache), cache).compile().compiled
         _, cache, _ = self.call([], cache)
-        return cache, peak_bytes
+        return cache, _peak_bytes(compiled)
 
     def call(
-        self, prompts: Sequence[Sequence[int]], cache: PagedKVCache, step: int = 0
+        self, prompts: Sequence[Sequence[int]], cache: PagedKVCache
     ) -> tuple[list[list[int]], PagedKVCache, float]:
         """Continues the rows of `cache`, row `i` by `prompts[i]`.
 
@@ -116,13 +94,12 @@ class Program:
 
         - `prompts`: tokens; a row with none is left alone.
         - `cache`: with room for them and the new tokens.
-        - `step`: tells the calls of a run from each other, for the sampler.
 
         **Returns:**
 
         The new tokens of each prompt, the cache, and the seconds that it took.
         """
-        inputs = self._inputs(prompts, cache, step)
+        inputs = self._inputs(prompts, cache)
         start = time.perf_counter()
         made, cache = jax.block_until_ready(_extend(inputs, cache))
         seconds = time.perf_counter() - start
@@ -133,27 +110,22 @@ class Program:
         return new, cache, seconds
 
     def _inputs(
-        self, prompts: Sequence[Sequence[int]], cache: PagedKVCache, step: int
+        self, prompts: Sequence[Sequence[int]], cache: PagedKVCache
     ) -> tuple[Any, ...]:
         padded = np.zeros((cache.num_seqs, self.max_prompt_len), np.int32)
         lens = np.zeros(cache.num_seqs, np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
             lens[row] = len(prompt)
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
-        arrays = jnp.asarray(padded), jnp.asarray(lens), key
-        # Their number is a shape too; no token is -1.
-        stop_tokens = np.full(bucket(len(self.stop_tokens), MIN_STOPS), -1, np.int32)
-        stop_tokens[: len(self.stop_tokens)] = self.stop_tokens
-        stops = jnp.asarray(stop_tokens)
-        return self.model, *arrays, self.max_new_tokens, stops, self.sampler
+        arrays = jnp.asarray(padded), jnp.asarray(lens), _padded_stops(self.stop_tokens)
+        return self.model, *arrays, self.max_new_tokens
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _extend(
     inputs: tuple[Any, ...], cache: PagedKVCache
 ) -> tuple[Generation, PagedKVCache]:
-    model, prompts, prompt_lens, key, max_new_tokens, stop_tokens, sampler = inputs
+    model, prompts, prompt_lens, stop_tokens, max_new_tokens = inputs
     made, extended = generate(
         model,
         cache,
@@ -161,13 +133,29 @@ def _extend(
         prompt_lens,
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
-        sampler=sampler,
-        key=key,
         prefill_chunk=min(MAX_PREFILL_CHUNK, prompts.size),
         throw=False,
     )
     assert isinstance(extended, PagedKVCache), "generate returns the kind it was given"
     return made, extended
+
+
+def _padded_stops(stop_tokens: tuple[int, ...]) -> Int32[Array, " num_stops"]:
+    # Their number is a shape too; no token is -1.
+    padded = np.full(bucket(len(stop_tokens), MIN_STOPS), -1, np.int32)
+    padded[: len(stop_tokens)] = stop_tokens
+    return jnp.asarray(padded)
+
+
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None, "XLA tells it on every platform that has a device"
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +191,7 @@ class Job:
 
     def cache_shape(self, config: models.DecoderConfig) -> dict[str, int]:
         """The sizes of a cache with room for all that the job may make."""
-        # The last burst may make tokens that are not wanted.
-        unwanted = self.burst - 1
-        lens = [len(prompt) + self.room(prompt) + unwanted for prompt in self.prompts]
+        lens = [len(prompt) + self.room(prompt) for prompt in self.prompts]
         num_pages = sum(-(-length // self.page_size) for length in lens)
         return {
             "num_layers": config.num_hidden_layers,
@@ -234,18 +220,23 @@ class Progress:
     - `tokens`: the new tokens of each prompt.
     - `finished`: whether each is complete.
     - `cached`: how many of each prompt's tokens the cache held before the run.
-    - `held`: the cache, and what it holds once the run is complete.
     - `prefill`, `decode`: the speeds.
-    - `peak_bytes`: as from `Program.compile`.
+    - `peak_bytes`: as from `Program.compile`, the most of all programs.
+    - `left`: once the run is complete, the cache and what it holds.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     finished: tuple[bool, ...]
     cached: tuple[int, ...]
-    held: Held
     prefill: Clock
     decode: Clock
     peak_bytes: int
+    left: Held | None
+
+    @property
+    def held(self) -> Held:
+        assert self.left is not None, "a run that is not complete holds its cache itself"
+        return self.left
 
 
 def bucket(count: int, least: int = 1) -> int:
@@ -276,47 +267,72 @@ def run(model: models.Decoder, job: Job, held: Held | None = None) -> Iterator[P
     Where the run stands after each burst. The cache of the last one holds exactly the
     prompts and the tokens kept, but for the last of each row.
     """
-    # A prompt's last token is the first that a burst reads, as later its own last one.
+    # A prompt's last token is the first that the stream reads.
     known = [prompt[:-1] for prompt in job.prompts]
     held = nothing_held(model, job) if held is None else held.rewind(known)
     cached = tuple(map(len, held.rows))
-    decode = Program(
-        model, 1, job.burst, job.stop_tokens, sampler=job.sampler, seed=job.seed
-    )
-    cache, peak_bytes = decode.compile(held.cache)
     unread = [tokens[count:] for tokens, count in zip(known, cached, strict=True)]
-    prefill_clock = decode_clock = Clock()
-    if any(unread):
-        prefill = Program(model, bucket(max(map(len, unread)), MIN_PROMPT_LEN), 0)
-        cache, prefill_peak = prefill.compile(cache)
-        peak_bytes = max(peak_bytes, prefill_peak)
-        _, cache, seconds = prefill.call(unread, cache)
-        prefill_clock = Clock(sum(map(len, unread)), seconds)
+    cache, prefill_clock, prefill_peak = _read(model, unread, held.cache)
+    bursts = _bursts(model, job, cache)
+    peak_bytes = max(prefill_peak, _peak_bytes(bursts.compile()))
 
-    rows = [_Row(prompt) for prompt in job.prompts]
-    for step in itertools.count():
-        made, cache, seconds = decode.call([row.unread for row in rows], cache, step)
-        rows = [row.extend(new, job) for row, new in zip(rows, made, strict=True)]
-        # Only what is kept counts, though more may have been made.
-        num_kept = sum(len(row.tokens) for row in rows)
-        decode_clock = Clock(num_kept, decode_clock.seconds + seconds)
-        # Nothing reads a row's last token, so the cache never had it.
-        read = tuple((*row.prompt, *row.tokens)[:-1] for row in rows)
-        finished = all(row.finished for row in rows)
-        if finished:
-            # Without what was made past the end of a row.
-            cache = shortened(cache, read)
+    rows, seconds = [_Row(prompt) for prompt in job.prompts], 0.0
+    while not all(row.finished for row in rows):
+        start = time.perf_counter()
+        made = next(bursts)
+        seconds += time.perf_counter() - start
+        rows = [row.extend(made.get(i, []), job) for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            if row.finished:
+                bursts.stop(i)
+        finished = tuple(row.finished for row in rows)
         yield Progress(
             tokens=tuple(row.tokens for row in rows),
-            finished=tuple(row.finished for row in rows),
+            finished=finished,
             cached=cached,
-            held=Held(cache, read),
             prefill=prefill_clock,
-            decode=decode_clock,
+            # Only what is kept counts, though more may have been made.
+            decode=Clock(sum(len(row.tokens) for row in rows), seconds),
             peak_bytes=peak_bytes,
+            left=_left(bursts, rows) if all(finished) else None,
         )
-        if finished:
-            return
+
+
+def _read(
+    model: models.Decoder, unread: Sequence[Sequence[int]], cache: PagedKVCache
+) -> tuple[PagedKVCache, Clock, int]:
+    """Reads prompts; returns the cache, the speed, and the most bytes that it took."""
+    if not any(unread):
+        return cache, Clock(), 0
+    program = Program(model, bucket(max(map(len, unread)), MIN_PROMPT_LEN), 0)
+    cache, peak_bytes = program.compile(cache)
+    _, cache, seconds = program.call(unread, cache)
+    return cache, Clock(sum(map(len, unread)), seconds), peak_bytes
+
+
+def _bursts(model: models.Decoder, job: Job, cache: PagedKVCache) -> Stream:
+    return stream(
+        model,
+        cache,
+        np.array([prompt[-1:] for prompt in job.prompts]),
+        np.ones(len(job.prompts), np.int32),
+        max_new_tokens=bucket(max(map(job.room, job.prompts)), MIN_NEW_TOKENS),
+        burst=job.burst,
+        limits=np.array([job.room(prompt) for prompt in job.prompts]),
+        stop_tokens=_padded_stops(job.stop_tokens),
+        sampler=job.sampler,
+        key=jax.random.key(job.seed),
+        donate_cache=True,
+    )
+
+
+def _left(bursts: Stream, rows: Sequence["_Row"]) -> Held:
+    _, cache = bursts.finish()
+    assert isinstance(cache, PagedKVCache), "a stream returns the kind it was given"
+    # Nothing reads a row's last token, so the cache never had it; nor is there to be
+    # what was made past the end of a row.
+    read = tuple((*row.prompt, *row.tokens)[:-1] for row in rows)
+    return Held(shortened(cache, read), read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,16 +343,11 @@ class _Row:
     tokens: tuple[int, ...] = ()
     finished: bool = False
 
-    @property
-    def unread(self) -> tuple[int, ...]:
-        """What the cache lacks: the last token of a row that goes on."""
-        return () if self.finished else (*self.prompt, *self.tokens)[-1:]
-
     def extend(self, new: list[int], job: Job) -> "_Row":
         if self.finished:
             return self
-        room = job.room(self.prompt)
-        tokens = (*self.tokens, *new)[:room]
+        tokens = (*self.tokens, *new)
         keep = job.keep(self.prompt, tokens)
-        finished = keep is not None or len(tokens) == room or tokens[-1] in job.stop_tokens
+        is_full = len(tokens) == job.room(self.prompt)
+        finished = keep is not None or is_full or tokens[-1] in job.stop_tokens
         return _Row(self.prompt, tokens[:keep], finished)

@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
-import re
 
 import jax
 import models
 from eqx_paged import PagedKVCache
 
 from ._engine import Job
+from ._free_memory import free_memory
 from ._options import Options, PAGE_SIZES, refuse
 
 
@@ -61,20 +59,6 @@ def check_memory(checkpoint: models.Checkpoint, job: Job, options: Options) -> N
         f"the weights would take {_size(need.weights)} and the cache {_size(need.cache)},"
         f" but {_size(free)} of memory are free: {fitting}"
     )
-
-
-def free_memory() -> int:
-    """The bytes that the first device can still give, as far as it tells, else those of
-    this machine."""
-    stats = jax.devices()[0].memory_stats()
-    if stats is not None and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    meminfo = pathlib.Path("/proc/meminfo")
-    if meminfo.is_file():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _fitting(checkpoint: models.Checkpoint, job: Job, dtype: str | None, free: int) -> str:

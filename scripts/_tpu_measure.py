@@ -31,8 +31,6 @@ PASSES = (SCHEDULE, FINAL, MEMORY, SLOTS) = (
     "post-delay-converter",
     "pre-delay_hlo-static-per-bundle-utilization",
 )
-# Numbers; less than any pool of a case and more than its queries.
-LARGE = 2**22
 
 
 class CompileError(RuntimeError):
@@ -170,7 +168,8 @@ def main() -> None:
         "compile_seconds": seconds,
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "large_copies": len(large_copies(compiled, LARGE)),
+        # As large as a pool, the largest argument.
+        "large_copies": len(large_copies(compiled, max(x.size for x in case.args))),
     }
     (pathlib.Path(folder) / ABOUT_FILE).write_text(json.dumps(about))
 

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import eqx_paged
-import jax.numpy as jnp
 import models
+from eqx_paged import greedy, Sampler, samplers
 
 from ._chat import chat, whole_chat
 from ._draw_pages import draw_pages
-from ._engine import Job, Progress, run, Temperature
+from ._engine import Job, Progress, run
 from ._memory import check_memory
 from ._options import Options, parse_options, refuse
 from ._output import (
@@ -131,26 +130,23 @@ def _job(
     prompts: tuple[tuple[int, ...], ...],
     max_len: int,
 ) -> Job:
-    temperature = jnp.float32(options.temperature)
-    longest = min(max_len, max(map(len, prompts)) + options.max_new_tokens)
     return Job(
         prompts=prompts,
         max_new_tokens=options.max_new_tokens,
         max_len=max_len,
         page_size=options.page_size,
-        burst=_burst(options, longest, codec.config.short_len),
+        burst=1 if options.stream else BURST,
         stop_tokens=codec.stop_tokens,
         keep=codec.keep,
-        sampler=Temperature(temperature) if options.temperature else eqx_paged.greedy,
+        sampler=_sampler(options.temperature),
         seed=options.seed,
     )
 
 
-def _burst(options: Options, longest: int, short_len: int | None) -> int:
-    """Tokens between two looks at a continuation."""
-    # What the last burst makes in vain must not make a model take a row for a long one.
-    is_tight = short_len is not None and longest <= short_len < longest + BURST - 1
-    return 1 if options.stream or is_tight else BURST
+def _sampler(temperature: float) -> Sampler:
+    if temperature == 0:
+        return greedy
+    return samplers.chain(samplers.temperature(temperature), samplers.categorical)
 
 
 def _continue(

@@ -17,7 +17,7 @@ CLASSES = (
     *("PageTable", "PagedKVCache", "KVPages", "RaggedBatch", "RaggedKVCache", "RaggedKV"),
     *("PageCopies",),
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
-    *("Hypotheses",),
+    *("Hypotheses", "LogProbs", "Drafted", "PromptLookup", "DraftModel"),
 )
 HOST_CLASSES = ("PrefixIndex",)
 ARRAY_FUNCTIONS = (
@@ -26,7 +26,7 @@ ARRAY_FUNCTIONS = (
 )
 FUNCTIONS = (
     *ARRAY_FUNCTIONS,
-    *("merge_residuals", "mha_cost_estimate", "generate", "greedy"),
+    *("merge_residuals", "mha_cost_estimate", "generate", "greedy", "stream"),
     "beam_search",
 )
 
@@ -79,8 +79,13 @@ def public_callables():
         yield name, getattr(eqx_paged, name)
     for name in ARRAY_FUNCTIONS:
         yield f"reference.{name}", getattr(eqx_paged.reference, name)
-    for class_name in (*CLASSES, *HOST_CLASSES):
-        cls = getattr(eqx_paged, class_name)
+    for name, value in vars(eqx_paged.samplers).items():
+        if inspect.isfunction(value) and not name.startswith("_"):
+            yield f"samplers.{name}", value
+    samplers = eqx_paged.samplers
+    plain = (eqx_paged.Stream, samplers.Chain, samplers.History, samplers.Processor)
+    for cls in (*(getattr(eqx_paged, name) for name in (*CLASSES, *HOST_CLASSES)), *plain):
+        class_name = cls.__name__
         for name, member in vars(cls).items():
             if name.startswith("_") and name != "__call__":
                 continue

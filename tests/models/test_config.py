@@ -90,6 +90,8 @@ def test_one_end_several_or_none(published_ids, ids):
         ("attention_dropout", 0.1),
         ("hidden_act", "gelu"),
         ("an_unknown_option", 3),
+        ("is_encoder_decoder", True),
+        ("pruned_heads", {"0": [1]}),
         ("use_bidirectional_attention", True),
         ("layer_types", ["sliding_attention", "full_attention"]),
         ("query_pre_attn_scalar", 24),
@@ -105,6 +107,38 @@ def test_an_option_that_is_not_supported_is_named(name, value):
     said = "partial_rotary_factor" if "partial" in str(value) else name
     with pytest.raises(ValueError, match=f"{said} .* is not supported"):
         DecoderConfig.from_dict(published(**{name: value}))
+
+
+# As transformers 4 wrote them into every file, and as some files change them.
+MAKING_TEXTS = (
+    {
+        **{"max_length": 20, "min_length": 0, "do_sample": False, "num_beams": 1},
+        **{"early_stopping": False, "num_beam_groups": 1, "diversity_penalty": 0.0},
+        **{"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0},
+        **{"repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0},
+        **{"encoder_no_repeat_ngram_size": 0, "bad_words_ids": None},
+        **{"num_return_sequences": 1, "output_scores": False, "suppress_tokens": None},
+        **{"return_dict_in_generate": False, "remove_invalid_values": False},
+        **{"forced_bos_token_id": None, "forced_eos_token_id": None},
+        **{"begin_suppress_tokens": None, "exponential_decay_length_penalty": None},
+        # What else those files say that has no effect.
+        **{"add_cross_attention": False, "chunk_size_feed_forward": 0, "prefix": None},
+        **{"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pruned_heads": {}},
+        **{"is_decoder": False, "is_encoder_decoder": False, "torchscript": False},
+        **{"tokenizer_class": "LlamaTokenizer", "use_bfloat16": False},
+    },
+    {
+        **{"max_length": 4096, "do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        **{"top_k": 20, "num_beams": 4, "repetition_penalty": 1.1, "min_length": 5},
+    },
+)
+
+
+@pytest.mark.parametrize("said", MAKING_TEXTS, ids=("default", "changed"))
+def test_how_to_make_texts_changes_nothing_of_the_model(said):
+    assert DecoderConfig.from_dict(published(**said)) == DecoderConfig.from_dict(
+        published()
+    )
 
 
 @pytest.mark.parametrize(

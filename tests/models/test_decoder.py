@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from models import Decoder, DecoderConfig, save_checkpoint
+from models import _decoder, Decoder, DecoderConfig, save_checkpoint
 
 from ..helpers import quick_jit
 from .cases import (
@@ -37,11 +37,12 @@ def assert_close(actual, expected):
     "changes",
     (
         {},
-        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6},
         {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 8},
-        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 2},
-        {"tie_word_embeddings": True, "rope_theta": 1e6},
-        {"num_hidden_layers": 1, "rms_norm_eps": 0.1},
+        {
+            **{"num_attention_heads": 8, "head_dim": 2},
+            **{"num_hidden_layers": 1, "rms_norm_eps": 0.1},
+        },
     ),
 )
 def test_dense_matches_an_independent_llama(getkey, tmp_path, changes):
@@ -156,6 +157,22 @@ def test_the_start_is_unsure_of_everything(getkey):
         assert (decoder.lm_head is None) == tied
         logits = dense_logits(decoder, random_tokens(getkey, 1, 64))
         assert float(jnp.std(logits)) < 1.5
+
+
+def test_one_layer_is_traced_for_all(monkeypatch):
+    traced = []
+    init = _decoder.GatedMLP.__init__
+
+    def count(self, config, *, key):
+        traced.append(self)
+        init(self, config, key=key)
+
+    monkeypatch.setattr(_decoder.GatedMLP, "__init__", count)
+    # Of sizes that no other test has traced.
+    options = published(num_hidden_layers=40, intermediate_size=52)
+    config = DecoderConfig.from_dict(options)
+    shapes = jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0))
+    assert len(shapes.layers) == 40 and len(traced) == 1
 
 
 def test_gradients_reach_every_weight(getkey):

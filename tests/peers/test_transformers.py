@@ -68,6 +68,14 @@ VARIANTS = {
 }
 
 
+def test_what_transformers_ignores_of_making_texts_is_read_past():
+    """Also where it is not off, which alone would make any key harmless."""
+    said = json.loads((ROOT / "llama" / "config.json").read_text())
+    names = transformers.GenerationConfig._get_default_generation_params()
+    config = models.DecoderConfig.from_dict({**said, **dict.fromkeys(names, 3)})
+    assert config == models.DecoderConfig.from_dict(said)
+
+
 @quick_jit
 def dense_logits(decoder, tokens):
     return decoder.unembed(decoder.dense(tokens)[0])
@@ -128,6 +136,20 @@ def chat_model(tmp_path):
     safetensors.numpy.save_file(weights, path, {"format": "pt"})
     wrapped.save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_special_tokens_are_left_out_as_by_transformers(chat_model):
+    """Those that `tokenizer.json` knows, and one that `tokenizer_config.json` names."""
+    path = chat_model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": "w3"}))
+    wrapped = transformers.AutoTokenizer.from_pretrained(chat_model)
+    tokenizer = models.load_tokenizer(chat_model)
+    tokens = np.random.default_rng(5).integers(0, 97, 400).tolist()
+    assert {0, 1, 2, 3, wrapped.mask_token_id} <= set(tokens)
+    assert tokenizer.decode(tokens) == wrapped.decode(tokens, skip_special_tokens=True)
+    text = wrapped.decode(tokens)
+    spelt = wrapped(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text, add_special_tokens=False).ids == spelt
 
 
 @torch.no_grad()

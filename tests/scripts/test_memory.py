@@ -126,9 +126,62 @@ def test_it_is_told_that_nothing_helps(said):
 
 
 def test_the_memory_that_is_free_is_found():
-    from scripts._memory import free_memory
+    from scripts._free_memory import free_memory
 
     assert 2**20 < free_memory() < 2**50
+
+
+MEMINFO = "MemTotal:  8000 kB\nMemFree:  10 kB\nMemAvailable:  4000 kB\n"
+
+
+@pytest.fixture
+def host_memory(tmp_path):
+    """What is free on a machine that tells as much in these files."""
+    from scripts._free_memory import host_memory
+
+    def _host_memory(files):
+        for name, content in {"proc/meminfo": MEMINFO, **files}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+        return host_memory(tmp_path)
+
+    return _host_memory
+
+
+def group(folder, limit, used=100, dropped=30, version=2):
+    names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
+    kind = "total_inactive_file" if version == 1 else "inactive_file"
+    contents = (f"{limit}\n", f"{used}\n")
+    files = {f"memory.{name}": text for name, text in zip(names, contents, strict=True)}
+    # The first is not what is looked for.
+    files["memory.stat"] = f"slab_{kind} 7\n{kind} {dropped}\nactive_file 5\n"
+    return {f"sys/fs/cgroup/{folder}{name}": text for name, text in files.items()}
+
+
+V1, V2 = (
+    {"proc/self/cgroup": text}
+    for text in ("12:cpu,cpuacct:/box\n4:memory:/box/job\n", "0::/box/job\n")
+)
+
+
+@pytest.mark.parametrize(
+    "files, free",
+    [
+        ({}, 4000 * 1024),
+        ({**V2, **group("box/job/", 1000)}, 930),
+        ({**V2, **group("box/job/", 1000), **group("box/", 900)}, 830),
+        ({**V2, **group("box/job/", "max"), **group("box/", 900)}, 830),
+        ({**V2, **group("", 1000)}, 930),
+        ({**V2, **group("box/job/", 2**40)}, 4000 * 1024),
+        ({**V2, **group("box/job/", 50)}, 0),
+        ({**V2, **group("other/", 1000)}, 4000 * 1024),
+        ({**V1, **group("memory/box/job/", 1000, version=1)}, 930),
+        ({**V1, **group("memory/", 1000, version=1)}, 930),
+        ({**V1, **group("memory/box/job/", 2**63 - 4096, version=1)}, 4000 * 1024),
+    ],
+)
+def test_a_control_group_leaves_no_more_than_its_limit(host_memory, files, free):
+    assert host_memory(files) == free
 
 
 def test_a_chat_is_measured_at_its_full_length(checkpoint):

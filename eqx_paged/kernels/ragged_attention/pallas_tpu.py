@@ -146,8 +146,10 @@ def plan_of(
     # Whole registers of scores.
     unit = LANES // math.gcd(LANES, num_kv_heads) if by_token else LANES
     piece = -(-min(block_size, max_len) // unit) * unit
-    # Two slots of K and of V, and scores and probabilities with as much again at work.
-    position_bytes = num_kv_heads * (4 * head_dim * k.dtype.itemsize + 16 * queries)
+    # Two slots of K and of V, of 8 bits also unpacked to 16; and scores and probabilities
+    # with as much again at work.
+    value_bytes = 2 * k.dtype.itemsize if k.dtype.itemsize > 1 else 2 + 2
+    position_bytes = num_kv_heads * (2 * head_dim * value_bytes + 16 * queries)
     limit = chip.usable_vmem_bytes
     pieces = config.pages_per_compute_block
     if pieces is None:

@@ -100,8 +100,7 @@ class Sizes(NamedTuple):
             return 224, 56
         # What fetches smaller pages has more numbers to hold; under a window, what computes
         # has the first position of each row.
-        fetched = {8: 2, 16: 1}.get(self.page_size, 0)
-        spared = 8 * max(0, fetched - self.windowed)
+        spared = ({8: 8} if self.windowed else {8: 16, 16: 16}).get(self.page_size, 0)
         return 240 - spared, 24 + 2 * spared
 
     @property
@@ -114,8 +113,10 @@ def sizes_of(q: Array, k_pages: Array, config: MosaicGPUConfig, *, windowed: boo
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_pages.shape[1]
     group = num_heads // num_kv_heads
-    # A head has at least a tile of rows.
-    heads = max(n for n in range(1, ROWS // TILE_ROWS + 1) if group % n == 0)
+    # A head has at least a tile of rows. With a large accumulator there are no registers
+    # for the places of more than 4 heads.
+    most = 4 if head_dim == 256 else ROWS // TILE_ROWS
+    heads = max(n for n in range(1, most + 1) if group % n == 0)
     page_size = page_size_of(k_pages, head_dim)
     # Up to 8 pages: the numbers and places of more do not fit the registers.
     block_size = config.block_size or min(64 if head_dim == 256 else 128, 8 * page_size)
