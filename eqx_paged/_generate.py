@@ -65,6 +65,7 @@ def generate(
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
     draft: PromptLookup | DraftModel | None = None,
+    window: int | None = None,
     prefill_chunk: int = 512,
     throw: bool = True,
 ) -> tuple[Generation, Cache]:
@@ -115,6 +116,10 @@ def generate(
         [`eqx_paged.PromptLookup`][] or [`eqx_paged.DraftModel`][]. The tokens made are the
         same, but for what the model itself makes of more of them at a time; of what a
         sampler draws, too. `Generation.drafted` tells how many were accepted.
+    - `window`: the most tokens that any layer sees, the query's own included, if all have a
+        sliding window. Pages of a paged cache that all layers have left behind are then
+        freed on the way, so that a row needs pages for `window + prefill_chunk` tokens at
+        most, however long it becomes.
     - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
         all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
@@ -160,10 +165,12 @@ def generate(
         key=key,
         log_probs=log_probs,
         draft=draft,
+        window=window,
         prefill_chunk=prefill_chunk,
     )
     if throw:
-        check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
+        lens = np.asarray(prompt_lens)
+        check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
     made, result, cache, draft_cache = _run(model, cache, plan, draft_cache)
     if throw and result != RESULTS.successful:
         raise RuntimeError(

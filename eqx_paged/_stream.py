@@ -177,6 +177,7 @@ def stream(
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
     draft: PromptLookup | DraftModel | None = None,
+    window: int | None = None,
     prefill_chunk: int = 512,
     donate_cache: bool = False,
 ) -> Stream:
@@ -226,9 +227,11 @@ def stream(
         key=key,
         log_probs=log_probs,
         draft=draft,
+        window=window,
         prefill_chunk=prefill_chunk,
     )
-    check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
+    lens = np.asarray(prompt_lens)
+    check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
     if not donate_cache:
         cache, draft_cache = jax.tree.map(jnp.copy, (cache, draft_cache))
     state = _begin(plan, cache, draft_cache)
