@@ -9,18 +9,20 @@ from ._attention import (
     RaggedAttention as RaggedAttention,
 )
 from ._batch import RaggedBatch as RaggedBatch
+from ._beam_search import beam_search as beam_search, Hypotheses as Hypotheses
 from ._cache import PagedKVCache as PagedKVCache
 from ._draft_model import DraftModel as DraftModel
 from ._generate import (
     generate as generate,
     Generation as Generation,
-    Model as Model,
     Sampler as Sampler,
 )
 from ._generation_state import Drafted as Drafted
 from ._kv_pages import KVPages as KVPages
 from ._log_probs import LogProbs as LogProbs
+from ._model import Model as Model
 from ._page_table import PageCopies as PageCopies, PageTable as PageTable
+from ._prefix_index import PrefixIndex as PrefixIndex
 from ._prompt_lookup import PromptLookup as PromptLookup
 from ._ragged_cache import RaggedKV as RaggedKV, RaggedKVCache as RaggedKVCache
 from ._results import RESULTS as RESULTS

@@ -156,14 +156,20 @@ class PagedKVCache(eqx.Module):
         self,
         src: int | Int32[Array, ""] | Int32[Array, " num_forks"],
         dst: int | Int32[Array, ""] | Int32[Array, " num_forks"],
+        *,
+        where: Bool[Array, ""] | Bool[Array, " num_forks"] | None = None,
     ) -> tuple["PagedKVCache", RESULTS]:
         """As [`eqx_paged.PageTable.fork`][]: no key or value is copied."""
-        table, result = self.table.fork(src, dst)
+        table, result = self.table.fork(src, dst, where=where)
         return dataclasses.replace(self, table=table), result
 
     def truncate(self, kv_lens: Int32[Array, " num_seqs"]) -> "PagedKVCache":
         """As [`eqx_paged.PageTable.truncate`][]."""
         return dataclasses.replace(self, table=self.table.truncate(kv_lens))
+
+    def drop_before(self, starts: Int32[Array, " num_seqs"]) -> "PagedKVCache":
+        """As [`eqx_paged.PageTable.drop_before`][]."""
+        return dataclasses.replace(self, table=self.table.drop_before(starts))
 
     def free(self, rows: Bool[Array, " num_seqs"]) -> "PagedKVCache":
         """As [`eqx_paged.PageTable.free`][]."""
@@ -186,12 +192,16 @@ class PagedKVCache(eqx.Module):
     def load(
         self, path: str | os.PathLike, rows: Sequence[int]
     ) -> tuple["PagedKVCache", RESULTS]:
-        """Reads saved rows into empty ones. What was shared is shared again.
+        """Reads saved rows into empty ones.
+
+        What was shared is shared again; with larger pages than those of the file, where the
+        whole of a page was.
 
         **Arguments:**
 
         - `path`: a file written by `save`, of a cache with the same layers, heads,
-            head_dim, dtype and page size. The pools may differ in size.
+            head_dim and dtype, which is not converted. The pools may differ in size, and in
+            the size of their pages.
         - `rows`: an empty row for each saved one.
 
         **Returns:**
@@ -202,7 +212,8 @@ class PagedKVCache(eqx.Module):
         **Raises:**
 
         `ValueError` for a row that does not exist or is named twice, a file that is not a
-        saved cache, or one of another geometry. `FileNotFoundError` if there is none.
+        saved cache or was damaged since, or one of another geometry. `FileNotFoundError` if
+        there is none.
         """
         saved = saved_rows.read(path, self.layers, self.table, rows)
         table, pages, result = saved_rows.place(self.table, saved, rows)

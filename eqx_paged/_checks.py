@@ -46,12 +46,12 @@ def check_per_row(name: str, counts: Array, num_seqs: int) -> None:
         )
 
 
-def check_mask(rows: Array, num_seqs: int) -> None:
-    check_array("rows", rows)
-    if rows.shape != (num_seqs,) or rows.dtype != jnp.bool_:
+def check_mask(name: str, mask: Array, shape: tuple[int, ...]) -> None:
+    check_array(name, mask)
+    if mask.shape != shape or mask.dtype != jnp.bool_:
         raise ValueError(
-            f"rows must be a mask, bool of shape {(num_seqs,)}, but is {rows.dtype} of "
-            f"shape {rows.shape}."
+            f"{name} must be a mask, bool of shape {shape}, but is {mask.dtype} of shape "
+            f"{mask.shape}."
         )
 
 

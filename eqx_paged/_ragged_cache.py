@@ -184,7 +184,7 @@ class RaggedKVCache(eqx.Module):
 
     def free(self, rows: Bool[Array, " num_seqs"]) -> "RaggedKVCache":
         """Empties the rows for which `rows` is True; they attend from position 0 again."""
-        check_mask(rows, self.num_seqs)
+        check_mask("rows", rows, (self.num_seqs,))
         starts = jnp.where(rows, 0, self.starts)
         lengths = jnp.where(rows, 0, self.lengths)
         return dataclasses.replace(self, starts=starts, lengths=lengths)

@@ -16,7 +16,6 @@ from ._generate import (
     Generation,
     generation_of,
     made_in,
-    Model,
     Sampler,
     StopSequences,
 )
@@ -24,6 +23,7 @@ from ._generation_checks import check_prompts_fit, is_traced
 from ._generation_loop import advance, begin, end_prompts, open_prompts
 from ._generation_plan import plan_of
 from ._generation_state import Cache, Plan, State
+from ._model import Model
 from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
 from .samplers._chain import greedy, Keys
@@ -177,6 +177,7 @@ def stream(
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
     draft: PromptLookup | DraftModel | None = None,
+    window: int | None = None,
     prefill_chunk: int = 512,
     donate_cache: bool = False,
 ) -> Stream:
@@ -226,9 +227,11 @@ def stream(
         key=key,
         log_probs=log_probs,
         draft=draft,
+        window=window,
         prefill_chunk=prefill_chunk,
     )
-    check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
+    lens = np.asarray(prompt_lens)
+    check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
     if not donate_cache:
         cache, draft_cache = jax.tree.map(jnp.copy, (cache, draft_cache))
     state = _begin(plan, cache, draft_cache)

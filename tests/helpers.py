@@ -480,14 +480,33 @@ def check_table(table, model):
     indices = np.asarray(table.page_indices)
     assert table.kv_lens.tolist() == model.lengths
 
-    # Each row holds the pages of its length and nothing else.
+    # Each row holds the pages of its length and nothing else, but for those it dropped.
+    firsts = [row.pages.count(None) for row in model.rows]
+    assert table.starts.tolist() == [n * page_size for n in firsts]
     held = [math.ceil(n / page_size) for n in model.lengths]
     ref_counts = np.zeros(num_pages, int)
-    for row, n in zip(indices, held):
-        assert len(set(row[:n])) == n and np.all(row[:n] < num_pages) and np.all(row >= 0)
-        np.testing.assert_array_equal(row[n:], 0)
-        np.add.at(ref_counts, row[:n], 1)
-    np.testing.assert_array_equal(table.ref_counts, ref_counts)
+    for row, first, n in zip(indices, firsts, held):
+        pages = row[first:n]
+        assert len(set(pages)) == n - first
+        assert np.all(row < num_pages) and np.all(row >= 0)
+        np.testing.assert_array_equal(np.delete(row, np.s_[first:n]), 0)
+        np.add.at(ref_counts, pages, 1)
+    number_of = {
+        id(page): int(number)
+        for numbers, row in zip(indices, model.rows)
+        for number, page in zip(numbers, row.pages)
+        if page is not None
+    }
+    # Which page it is that no row holds, the model cannot tell.
+    only_retained = {}
+    for page in model.retained:
+        if id(page) in number_of:
+            ref_counts[number_of[id(page)]] += 1
+        else:
+            only_retained[id(page)] = only_retained.get(id(page), 0) + 1
+    others = np.asarray(table.ref_counts) - ref_counts
+    assert sorted(others[others != 0]) == sorted(only_retained.values())
+    ref_counts += others
 
     # Each page is free or held, and not both.
     num_free = int(table.num_free_pages)
@@ -497,9 +516,9 @@ def check_table(table, model):
 
     # Pages are shared where the model shares them, and nowhere else.
     real, modelled = {}, {}
-    for i, (row, n) in enumerate(zip(indices, held)):
+    for i, (row, first, n) in enumerate(zip(indices, firsts, held)):
         assert len(model.rows[i].pages) == n
-        for j in range(n):
+        for j in range(first, n):
             real.setdefault(int(row[j]), []).append((i, j))
             modelled.setdefault(id(model.rows[i].pages[j]), []).append((i, j))
     assert sorted(real.values()) == sorted(modelled.values())

@@ -85,7 +85,7 @@ class Page:
 @dataclasses.dataclass
 class Row:
     length: int = 0
-    pages: list = dataclasses.field(default_factory=list)
+    pages: list = dataclasses.field(default_factory=list)  # None for a dropped one
 
 
 class PageTable:
@@ -97,14 +97,20 @@ class PageTable:
         self.page_size = page_size
         self.max_len = pages_per_seq * page_size
         self.rows = [Row() for _ in range(num_seqs)]
+        self.retained = []  # pages, once each time
 
     def holders(self, page):
-        return sum(any(p is page for p in row.pages) for row in self.rows)
+        rows = sum(any(p is page for p in row.pages) for row in self.rows)
+        return rows + sum(p is page for p in self.retained)
 
     @property
     def num_free_pages(self):
-        held = {id(page) for row in self.rows for page in row.pages}
-        return self.num_pages - len(held)
+        held = {id(page) for row in self.rows for page in row.pages if page is not None}
+        return self.num_pages - len(held | {id(page) for page in self.retained})
+
+    @property
+    def starts(self):
+        return [self.page_size * row.pages.count(None) for row in self.rows]
 
     @property
     def lengths(self):
@@ -181,9 +187,42 @@ class PageTable:
         return "successful"
 
     def truncate(self, kv_lens):
-        for row, length in zip(self.rows, kv_lens):
-            row.length = min(row.length, max(length, 0))
+        for row, start, length in zip(self.rows, self.starts, kv_lens):
+            length = min(row.length, max(length, 0))
+            row.length = length if length >= start else 0
             row.pages = row.pages[: math.ceil(row.length / self.page_size)]
+
+    def drop_before(self, starts):
+        for row, start in zip(self.rows, starts):
+            for i in range(min(max(start, 0), row.length) // self.page_size):
+                row.pages[i] = None
+
+    def retain(self, pages):
+        if any(self.holders(page) == 0 for page in pages):
+            return "invalid_argument"
+        self.retained += pages
+        return "successful"
+
+    def release(self, pages):
+        if any(all(p is not page for p in self.retained) for page in pages):
+            return "invalid_argument"
+        for page in pages:
+            first = next(i for i, p in enumerate(self.retained) if p is page)
+            del self.retained[first]
+        return "successful"
+
+    def attach(self, rows):
+        """`rows`: a length and pages, a row each; of length 0 for one left alone."""
+        if any(n > 0 and len(set(map(id, pages))) < len(pages) for n, pages in rows):
+            return "invalid_argument"
+        if any(self.holders(page) == 0 for n, pages in rows for page in pages[:n]):
+            return "invalid_argument"
+        if any(n > 0 and row.length > 0 for (n, _), row in zip(rows, self.rows)):
+            return "row_in_use"
+        for i, (n, pages) in enumerate(rows):
+            if n > 0:
+                self.rows[i] = Row(n, list(pages))
+        return "successful"
 
     def free(self, rows):
         self.truncate([0 if gone else self.max_len for gone in rows])

@@ -134,11 +134,16 @@ def test_generation_with_a_donated_cache_copies_no_layer(dtype):
     assert_in_place(compiled, cache)
 
 
-def test_a_burst_of_a_stream_copies_no_layer():
+@pytest.mark.parametrize("drafts", (None, "looked up", "by a model"))
+def test_a_burst_of_a_stream_copies_no_layer(drafts):
     import eqx_paged
 
     cache = empty(NUM_PAGES)
     options = dict(max_new_tokens=8, prefill_chunk=32, burst=4)
+    if drafts == "looked up":
+        options["draft"] = eqx_paged.PromptLookup(3)
+    elif drafts == "by a model":
+        options["draft"] = eqx_paged.DraftModel(Echo(), empty(NUM_PAGES), num_tokens=3)
     stream = eqx_paged.stream(Echo(), cache, *PROMPTS, donate_cache=True, **options)
     assert all(x.is_deleted() for x in jax.tree.leaves(cache.layers))
     assert_in_place(stream.compile(), cache)

@@ -30,10 +30,15 @@ def empty(num_pages=10, num_seqs=4, pages_per_seq=4, page_size=8):
 
 
 # One program an operation and shape, which is much quicker than op by op.
-append, fork, truncate, free = (
+append, fork, truncate, free, drop_before = (
     quick_jit(lambda table, *args, name=name: getattr(table, name)(*args))
-    for name in ("append", "fork", "truncate", "free")
+    for name in ("append", "fork", "truncate", "free", "drop_before")
 )
+
+
+@quick_jit
+def fork_where(table, src, dst, where):
+    return table.fork(src, dst, where=where)
 
 
 class Pair:
@@ -54,9 +59,22 @@ class Pair:
         src, dst = np.atleast_1d(src).tolist(), np.atleast_1d(dst).tolist()
         return self._compare(before, result, self.model.fork(src, dst))
 
+    def fork_where(self, src, dst, where):
+        before = self.table
+        where = jnp.array(where, bool)
+        self.table, result = fork_where(self.table, ints(src), ints(dst), where)
+        chosen = [(s, d) for s, d, x in zip(src, dst, where) if x]
+        wanted = self.model.fork(*([pair[i] for pair in chosen] for i in (0, 1)))
+        return self._compare(before, result, wanted)
+
     def truncate(self, *kv_lens):
         self.table = truncate(self.table, ints(kv_lens))
         self.model.truncate(kv_lens)
+        check_table(self.table, self.model)
+
+    def drop_before(self, *starts):
+        self.table = drop_before(self.table, ints(starts))
+        self.model.drop_before(starts)
         check_table(self.table, self.model)
 
     def free(self, *rows):
@@ -112,7 +130,7 @@ def test_sizes_are_checked(name, value):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ("append", "reserve", "truncate"))
+@pytest.mark.parametrize("name", ("append", "reserve", "truncate", "drop_before"))
 def test_counts_are_int32_and_one_a_row(no_type_hook, name, counts, words):
     table, _ = empty()
     with fails_naming(words):
@@ -294,6 +312,27 @@ def test_forks_of_one_call_are_all_from_the_table_before_it():
         pair.free(1, 2, 3)
     assert pair.fork([0, 1], [1, 1]) == "row_in_use"
     assert pair.fork([0, 1, 2], [1, 2, 0]) == "row_in_use"
+
+
+def test_forks_that_are_not_to_be_carried_out_may_name_anything():
+    pair = Pair()
+    pair.append(20, 3, 0, 0)
+    # A row in use, a row that does not exist, a row twice, and its own source.
+    for src, dst in (((0, 1, 0), (2, 0, 9)), ((-1, 1, 3), (2, 2, 3)), ((0,) * 3, (2,) * 3)):
+        for chosen in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1)):
+            wanted = pair.fork_where(src, dst, chosen)
+            assert wanted == "successful" or any(chosen)
+            pair.free(2, 3)
+    assert pair.fork_where((0, 1, 0), (2, 0, 3), (1, 0, 1)) == "successful"
+    table, result = pair.table.free(jnp.arange(4) > 1).fork(0, 2, where=jnp.array(False))
+    assert told(result) == "successful" and table.kv_lens.tolist() == [20, 3, 0, 0]
+
+
+def test_which_forks_to_carry_out_is_a_mask_of_them(no_type_hook):
+    table, _ = empty()
+    for where in (jnp.ones(1, bool), jnp.array(True), ints((1, 1))):
+        with fails_naming(("where", "(2,)")):
+            table.fork(ints((0, 1)), ints((2, 3)), where=where)
 
 
 def test_no_fork_at_all_changes_nothing():

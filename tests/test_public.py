@@ -17,7 +17,7 @@ CLASSES = (
     *("PageTable", "PagedKVCache", "KVPages", "RaggedBatch", "RaggedKVCache", "RaggedKV"),
     *("PageCopies",),
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
-    *("LogProbs",),
+    *("Hypotheses", "LogProbs", "Drafted", "PromptLookup", "DraftModel"),
 )
 ARRAY_FUNCTIONS = (
     *("paged_attention", "ragged_paged_attention", "ragged_mqa", "ragged_mha"),
@@ -26,6 +26,7 @@ ARRAY_FUNCTIONS = (
 FUNCTIONS = (
     *ARRAY_FUNCTIONS,
     *("merge_residuals", "mha_cost_estimate", "generate", "greedy", "stream"),
+    "beam_search",
 )
 
 
@@ -81,7 +82,13 @@ def public_callables():
         if inspect.isfunction(value) and not name.startswith("_"):
             yield f"samplers.{name}", value
     samplers = eqx_paged.samplers
-    plain = (eqx_paged.Stream, samplers.Chain, samplers.History, samplers.Processor)
+    plain = (
+        eqx_paged.Stream,
+        eqx_paged.PrefixIndex,
+        samplers.Chain,
+        samplers.History,
+        samplers.Processor,
+    )
     for cls in (*(getattr(eqx_paged, name) for name in CLASSES), *plain):
         class_name = cls.__name__
         for name, member in vars(cls).items():

@@ -71,6 +71,7 @@ row_sets = st.lists(st.booleans(), min_size=NUM_SEQS, max_size=NUM_SEQS)
 some_rows = st.one_of(
     st.lists(rows, min_size=1, max_size=3, unique=True), st.just(list(range(NUM_SEQS)))
 )
+entries = st.tuples(rows, st.integers(0, PAGES_PER_SEQ - 1))
 row_orders = st.permutations(range(NUM_SEQS))
 
 
@@ -88,6 +89,11 @@ def table_fork(table, src, dst):
 
 
 @jax.jit
+def table_fork_where(table, src, dst, where):
+    return table.fork(src, dst, where=where)
+
+
+@jax.jit
 def table_truncate(table, kv_lens):
     return table.truncate(kv_lens)
 
@@ -97,6 +103,26 @@ def table_free(table, gone):
     return table.free(gone)
 
 
+@jax.jit
+def table_drop_before(table, starts):
+    return table.drop_before(starts)
+
+
+@jax.jit
+def table_retain(table, pages):
+    return table.retain(pages)
+
+
+@jax.jit
+def table_release(table, pages):
+    return table.release(pages)
+
+
+@jax.jit
+def table_attach(table, page_indices, kv_lens):
+    return table.attach(page_indices, kv_lens)
+
+
 class PageTableMachine(RuleBasedStateMachine):
     @initialize()
     def start(self):
@@ -104,6 +130,7 @@ class PageTableMachine(RuleBasedStateMachine):
 
         self.table = eqx_paged.PageTable.empty(**SIZES)
         self.model = oracle.PageTable(**SIZES)
+        self.numbers = []  # number and page of each retained one, once each time
 
     def take(self, table, result, wanted):
         assert told(result) == wanted
@@ -126,6 +153,16 @@ class PageTableMachine(RuleBasedStateMachine):
         table, result = table_fork(self.table, ints(src), ints(dst))
         self.take(table, result, self.model.fork(src, dst))
 
+    @rule(
+        src=st.tuples(maybe_rows, maybe_rows),
+        dst=st.tuples(maybe_rows, maybe_rows),
+        where=st.tuples(st.booleans(), st.booleans()),
+    )
+    def fork_some(self, src, dst, where):
+        table, result = table_fork_where(self.table, ints(src), ints(dst), jnp.array(where))
+        src, dst = ([x for x, chosen in zip(xs, where) if chosen] for xs in (src, dst))
+        self.take(table, result, self.model.fork(src, dst))
+
     @rule(kv_lens=lengths)
     def truncate(self, kv_lens):
         self.table = table_truncate(self.table, ints(kv_lens))
@@ -135,6 +172,65 @@ class PageTableMachine(RuleBasedStateMachine):
     def free(self, gone):
         self.table = table_free(self.table, jnp.array(gone))
         self.model.free(gone)
+
+    @rule(starts=lengths)
+    def drop_before(self, starts):
+        self.table = table_drop_before(self.table, ints(starts))
+        self.model.drop_before(starts)
+
+    def page(self, row, column):
+        """A page that a row holds, as the table and as the model have it; or a free one."""
+        pages = self.model.rows[row].pages
+        if column < len(pages) and pages[column] is not None:
+            return int(self.table.page_indices[row, column]), pages[column]
+        free = np.flatnonzero(np.asarray(self.table.ref_counts) == 0)
+        return int(free[0]) if len(free) else NUM_PAGES, oracle.Page()
+
+    def mask(self, numbers):
+        return jnp.array([i in numbers for i in range(NUM_PAGES)])
+
+    @rule(entries=st.lists(entries, max_size=3))
+    def retain(self, entries):
+        pages = dict(self.page(*entry) for entry in entries)
+        pages.pop(NUM_PAGES, None)
+        table, result = table_retain(self.table, self.mask(pages))
+        self.take(table, result, self.model.retain(list(pages.values())))
+        if told(result) == "successful":
+            self.numbers += pages.items()
+
+    @rule(
+        which=st.sets(st.integers(0, 20), max_size=3), others=st.lists(entries, max_size=1)
+    )
+    def release(self, which, others):
+        chosen = [self.numbers[i] for i in which if i < len(self.numbers)]
+        pages = dict([*chosen, *(self.page(*entry) for entry in others)])
+        pages.pop(NUM_PAGES, None)
+        table, result = table_release(self.table, self.mask(pages))
+        self.take(table, result, self.model.release(list(pages.values())))
+        if told(result) == "successful":
+            for pair in pages.items():
+                self.numbers.remove(pair)
+
+    @rule(
+        row=rows,
+        source=rows,
+        which=st.lists(st.integers(0, 20), max_size=2),
+        short=st.integers(0, PAGE_SIZE - 1),
+    )
+    def attach(self, row, source, which, short):
+        """Pages of a row, and retained ones after them."""
+        numbers = [self.page(source, i) for i in range(PAGES_PER_SEQ)]
+        numbers = [x for x, p in zip(numbers, self.model.rows[source].pages) if p]
+        numbers += [self.numbers[i] for i in which if i < len(self.numbers)]
+        numbers = numbers[:PAGES_PER_SEQ]
+        length = max(0, len(numbers) * PAGE_SIZE - short)
+        indices = np.full((NUM_SEQS, PAGES_PER_SEQ), 2**30, np.int32)
+        indices[row, : len(numbers)] = [number for number, _ in numbers]
+        lens = [length if i == row else 0 for i in range(NUM_SEQS)]
+        table, result = table_attach(self.table, ints(indices), ints(lens))
+        pages = [page for _, page in numbers]
+        attached = [(n, pages if n else []) for n in lens]
+        self.take(table, result, self.model.attach(attached))
 
     @invariant()
     def agrees(self):

@@ -2,8 +2,10 @@
 installed.
 """
 
+import itertools
 import json
 
+import eqx_paged
 import jax
 import jax.numpy as jnp
 import models
@@ -204,3 +206,58 @@ def test_a_prompt_is_continued_as_by_transformers(chat_model, capsys, adds):
         **prompt, max_new_tokens=9, do_sample=False, pad_token_id=0
     )
     assert result["tokens"] == made[0, prompt["input_ids"].shape[1] :].tolist()
+
+
+# --- Beam search
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams, stops", ((1, ()), (3, ()), (3, (21, 60)), (5, (4,))))
+def test_a_beam_search_finds_what_that_of_transformers_finds(num_beams, stops):
+    theirs, decoder = load(ROOT / "llama"), models.load_checkpoint(ROOT / "llama")
+    config, num_new = decoder.config, 9
+    cache = eqx_paged.PagedKVCache.empty(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        num_pages=40,
+        page_size=8,
+        num_seqs=num_beams,
+        max_len=64,
+    )
+    lengths = set()
+    for seed, early in itertools.product(range(2), (False, True, "never")):
+        prompt = np.random.default_rng(seed).integers(3, 97, 6 + seed)
+        for penalty in (1.0, 0.0, 2.5):
+            options = dict(length_penalty=penalty, early_stopping=early)
+            wanted = theirs.generate(
+                torch.as_tensor(prompt[None]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                num_beams=num_beams,
+                num_return_sequences=num_beams,
+                max_new_tokens=num_new,
+                do_sample=False,
+                eos_token_id=list(stops) or None,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_scores=True,
+                **options,
+            )
+            found, _ = eqx_paged.beam_search(
+                decoder,
+                cache,
+                np.pad(prompt, (0, 10 - len(prompt)))[None],
+                np.array([len(prompt)]),
+                num_beams=num_beams,
+                max_new_tokens=num_new,
+                stop_tokens=np.array(stops, np.int32),
+                **options,
+            )
+            lengths |= set(found.lengths[0].tolist())
+            sequences = wanted.sequences[:, len(prompt) :].numpy()
+            padding = ((0, 0), (0, num_new - sequences.shape[1]))
+            np.testing.assert_array_equal(found.tokens[0], np.pad(sequences, padding))
+            if num_beams > 1:  # transformers' greedy search has no scores
+                scores = wanted.sequences_scores.numpy()
+                np.testing.assert_allclose(found.scores[0], scores, atol=TOLERANCE)
+    assert len(lengths) > 3 or not stops
