@@ -15,12 +15,12 @@ from ._draft_model import DraftModel as DraftModel
 from ._generate import (
     generate as generate,
     Generation as Generation,
-    Model as Model,
     Sampler as Sampler,
 )
 from ._generation_state import Drafted as Drafted
 from ._kv_pages import KVPages as KVPages
 from ._log_probs import LogProbs as LogProbs
+from ._model import Model as Model
 from ._page_table import PageCopies as PageCopies, PageTable as PageTable
 from ._prefix_index import PrefixIndex as PrefixIndex
 from ._prompt_lookup import PromptLookup as PromptLookup

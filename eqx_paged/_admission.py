@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ._cache import PagedKVCache
-from ._generation_state import active, known, left, num_pages, Plan, State
+from ._generation_state import (
+    active,
+    known,
+    left,
+    num_pages,
+    pages_at_once,
+    Plan,
+    State,
+)
 from ._generation_step import share
 
 
@@ -22,12 +30,13 @@ def admissible(state: State, plan: Plan) -> Bool[Array, " num_prompts"]:
     rank = jnp.cumsum(state.waiting, dtype=jnp.int32) - 1
     fits = state.waiting & (rank < num_rows)
     if isinstance(state.cache, PagedKVCache):
-        needed = jnp.where(state.waiting, num_pages(state.cache, lengths), 0)
+        needed = pages_at_once(state.cache, plan, lengths)
+        needed = jnp.where(state.waiting, needed, 0)
         # Rows that are being read have yet to take theirs, and each may soon need one
         # more: a prompt that had to be put back at once would be read for nothing.
         in_rows = lengths.at[state.prompt].get(mode="fill", fill_value=0)
-        promised = num_pages(state.cache, in_rows) + is_active.astype(jnp.int32)
-        promised -= num_pages(state.cache, state.cache.kv_lens)
+        promised = pages_at_once(state.cache, plan, in_rows) + is_active.astype(jnp.int32)
+        promised = jnp.maximum(promised - _num_held(state.cache), 0)
         num_free = state.cache.table.num_free_pages - jnp.sum(promised, dtype=jnp.int32)
         fits &= jnp.cumsum(needed, dtype=jnp.int32) <= num_free
     return fits
@@ -74,3 +83,8 @@ def put_back(state: State, plan: Plan, num_tokens: int | None) -> State:
         )
 
     return jax.lax.while_loop(is_short, without_the_youngest, state)
+
+
+def _num_held(cache):
+    """The pages of each row; without those of tokens that were dropped."""
+    return num_pages(cache, cache.kv_lens) - cache.table.starts // cache.page_size

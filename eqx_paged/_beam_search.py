@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from ._cache import PagedKVCache
 from ._checks import check_positive, first_of
-from ._generate import generate, Model
+from ._generate import generate
 from ._generation_checks import check_prompts, check_stop_tokens, is_traced
+from ._model import Model
 from ._results import RESULTS
 
 

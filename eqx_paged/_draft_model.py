@@ -1,12 +1,11 @@
 """Drafts by a smaller model."""
 
-from typing import Any
-
 import equinox as eqx
 from jaxtyping import Array, Int32
 
 from ._cache import PagedKVCache
 from ._checks import check_positive
+from ._model import Model
 from ._ragged_cache import RaggedKVCache
 from ._results import RESULTS
 
@@ -26,20 +25,20 @@ class DraftModel(eqx.Module):
     https://arxiv.org/abs/2211.17192.
     """
 
-    model: Any
+    model: Model
     cache: PagedKVCache | RaggedKVCache | None
     num_tokens: int = eqx.field(static=True)
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         cache: PagedKVCache | RaggedKVCache | None,
         *,
         num_tokens: int = 4,
     ):
         """**Arguments:**
 
-        - `model`: any PyTree; see [`eqx_paged.Model`][].
+        - `model`: any PyTree that is such a model.
         - `cache`: its own. After a run, `Generation.drafts` has the one to go on with.
         - `num_tokens`: how many tokens to propose at a time.
 

@@ -1,7 +1,6 @@
 """Generation: prefill in chunks, then a loop of decode steps, as one program."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
-from ._batch import RaggedBatch
 from ._draft_model import DraftModel
 from ._generation_checks import check_prompts_fit, is_traced
 from ._generation_loop import run
 from ._generation_plan import plan_of, result_of_prompts
 from ._generation_state import Cache, Drafted
 from ._log_probs import LogProbs
+from ._model import Model
 from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
 from .samplers._chain import greedy, Keys
@@ -32,23 +31,6 @@ None; returns the tokens. With a key, `generate` calls it for one row at a time,
 
 StopSequences = Sequence[Sequence[int]] | Int[Array | np.ndarray, "num_sequences max_len"]
 """Lists of tokens; as an array, the shorter ones padded in front with negative numbers."""
-
-
-@runtime_checkable
-class Model(Protocol):
-    """What `generate` asks of a model."""
-
-    def __call__(
-        self, tokens: Int32[Array, " num_tokens"], cache: Any, batch: RaggedBatch
-    ) -> tuple[Float[Array, "num_tokens hidden_size"], Any]:
-        """The hidden state of each token, and the cache with their keys and values."""
-        ...
-
-    def unembed(
-        self, hidden: Float[Array, "num_tokens hidden_size"]
-    ) -> Float[Array, "num_tokens vocab_size"]:
-        """The logits of the token after each."""
-        ...
 
 
 class Generation(eqx.Module):
@@ -83,6 +65,7 @@ def generate(
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
     draft: PromptLookup | DraftModel | None = None,
+    window: int | None = None,
     prefill_chunk: int = 512,
     throw: bool = True,
 ) -> tuple[Generation, Cache]:
@@ -133,6 +116,10 @@ def generate(
         [`eqx_paged.PromptLookup`][] or [`eqx_paged.DraftModel`][]. The tokens made are the
         same, but for what the model itself makes of more of them at a time; of what a
         sampler draws, too. `Generation.drafted` tells how many were accepted.
+    - `window`: the most tokens that any layer sees, the query's own included, if all have a
+        sliding window. Pages of a paged cache that all layers have left behind are then
+        freed on the way, so that a row needs pages for `window + prefill_chunk` tokens at
+        most, however long it becomes.
     - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
         all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
@@ -178,10 +165,12 @@ def generate(
         key=key,
         log_probs=log_probs,
         draft=draft,
+        window=window,
         prefill_chunk=prefill_chunk,
     )
     if throw:
-        check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
+        lens = np.asarray(prompt_lens)
+        check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
     made, result, cache, draft_cache = _run(model, cache, plan, draft_cache)
     if throw and result != RESULTS.successful:
         raise RuntimeError(

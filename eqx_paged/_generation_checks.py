@@ -57,7 +57,7 @@ def _check_int32(name, array):
         )
 
 
-def check_prompts_fit(cache, max_prompt_len, prompt_lens):
+def check_prompts_fit(cache, max_prompt_len, prompt_lens, most_at_once):
     in_turn = len(prompt_lens) > cache.num_seqs
     held = np.asarray(cache.kv_lens)
     if in_turn and held.any():
@@ -81,6 +81,8 @@ def check_prompts_fit(cache, max_prompt_len, prompt_lens):
     if isinstance(cache, PagedKVCache):
         size, num_free = cache.page_size, int(cache.table.num_free_pages)
         pages = -(-(held + prompt_lens) // size) - -(-held // size)
+        if most_at_once is not None:
+            pages = np.minimum(pages, -(-most_at_once // size) + 1)
         if in_turn:
             needed, who = int(pages.max()), f"Prompt {int(pages.argmax())} needs"
         else:

@@ -16,7 +16,7 @@ from ._generation_checks import (
     is_traced,
     padded_sequences,
 )
-from ._generation_state import Plan
+from ._generation_state import pages_at_once, Plan
 from ._results import RESULTS
 from .samplers._chain import Chain, typed_keys
 
@@ -34,6 +34,7 @@ def plan_of(
     key,
     log_probs,
     draft,
+    window,
     prefill_chunk,
 ):
     """The arguments of `generate`, checked, as a plan, and the cache of a model that
@@ -44,6 +45,8 @@ def plan_of(
     """
     check_int(max_new_tokens=max_new_tokens, least=0)
     check_positive(prefill_chunk=prefill_chunk)
+    if window is not None:
+        check_positive(window=window)
     check_prompts(prompts, prompt_lens)
     check_stop_tokens(stop_tokens)
     stop_sequences = padded_sequences(stop_sequences)
@@ -77,6 +80,7 @@ def plan_of(
         num_tokens=max(
             min(int(prefill_chunk), num_padded * prompts.shape[1]), cache.num_seqs
         ),
+        window=None if window is None else int(window),
         in_turn=num_prompts > cache.num_seqs,
     )
     return plan, draft_cache
@@ -86,20 +90,22 @@ def result_of_prompts(cache, plan):
     """Whether the prompts can be read, before any work."""
     max_prompt_len = plan.prompts.shape[1]
     invalid = jnp.any((plan.prompt_lens > max_prompt_len) | (plan.prompt_lens < 0))
-    if not plan.in_turn:
+    if not plan.in_turn and plan.window is None:
         # All of them at once, so that a chunk cannot fail after another has been read.
         _, _, result = cache.append(plan.prompt_lens, plan.num_prompts * max_prompt_len)
         return RESULTS.where(invalid, RESULTS.invalid_argument, result)
-    longest = jnp.max(plan.prompt_lens)
-    faults = [
-        (invalid, RESULTS.invalid_argument),
-        (longest > cache.max_len, RESULTS.sequence_too_long),
-        (jnp.any(cache.kv_lens > 0), RESULTS.row_in_use),
-    ]
+    held = 0 if plan.in_turn else cache.kv_lens
+    too_few = jnp.array(False)
     if isinstance(cache, PagedKVCache):
-        most = cache.table.num_pages * cache.page_size
-        faults.insert(2, (longest > most, RESULTS.out_of_pages))
-    return first_of(*faults)
+        needed = pages_at_once(cache, plan, plan.prompt_lens)
+        needed = jnp.max(needed) if plan.in_turn else jnp.sum(needed, dtype=jnp.int32)
+        too_few = needed > cache.table.num_free_pages
+    return first_of(
+        (invalid, RESULTS.invalid_argument),
+        (jnp.any(held + plan.prompt_lens > cache.max_len), RESULTS.sequence_too_long),
+        (jnp.any(cache.kv_lens > 0) & plan.in_turn, RESULTS.row_in_use),
+        (too_few, RESULTS.out_of_pages),
+    )
 
 
 def _padded(array, num_padded):

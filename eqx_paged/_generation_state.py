@@ -33,6 +33,7 @@ class Plan(eqx.Module):
         of, besides that of the chosen one; None for none at all.
     - `draft`: where more tokens are proposed from, or None; a model without its cache.
     - `num_tokens`: of a mixed step; at least one a row.
+    - `window`: the most tokens that any layer sees, or None: pages before them are freed.
     - `in_turn`: whether rows are freed for prompts that wait. If not, prompt `i` extends
         row `i`, and stays in it.
     """
@@ -48,6 +49,7 @@ class Plan(eqx.Module):
     max_new_tokens: int = eqx.field(static=True)
     num_log_probs: int | None = eqx.field(static=True)
     num_tokens: int = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
     in_turn: bool = eqx.field(static=True)
 
     @property
@@ -59,6 +61,12 @@ class Plan(eqx.Module):
         """Whether every prompt is read as a row's last token is, one token long."""
         one = self.prompts.shape[1] == 1 and self.max_new_tokens > 0
         return one and not self.in_turn
+
+    @property
+    def most_at_once(self) -> int | None:
+        """The most tokens that a row has pages for at a time: those that are seen, and
+        those that a step adds. None if that goes with its length."""
+        return None if self.window is None else self.window + self.num_tokens
 
     @property
     def most_per_step(self) -> int:
@@ -192,3 +200,14 @@ def num_pages(
 ) -> Int32[Array, " *shape"]:
     """Of so many tokens."""
     return -(-length // cache.page_size)
+
+
+def pages_at_once(
+    cache: PagedKVCache, plan: Plan, length: Int32[Array, " *shape"]
+) -> Int32[Array, " *shape"]:
+    """The most pages that so many new tokens of a row take at a time."""
+    if plan.most_at_once is None:
+        return num_pages(cache, length)
+    # One more, since what is seen may begin within a page.
+    most = -(-plan.most_at_once // cache.page_size) + 1
+    return jnp.minimum(num_pages(cache, length), most)

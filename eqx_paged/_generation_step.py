@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from ._batch import row_of_token
+from ._cache import PagedKVCache
 from ._checks import first_of
 from ._draft_model import DraftModel
 from ._generation_state import left, limits_of_rows, Plan, State, tokens_at
@@ -94,10 +95,17 @@ def add_token(
 
 
 def end_rows(state: State, plan: Plan, finished: Bool[Array, " num_seqs"]) -> State:
-    """Without the prompts of some rows, which are freed if others are to have them."""
+    """After a step: without the prompts of some rows, which are freed if others are to have
+    them, and without the pages that no layer sees any more."""
     prompt = jnp.where(finished, plan.num_prompts, state.prompt)
     state = dataclasses.replace(state, prompt=prompt)
-    return state.free(finished) if plan.in_turn else state
+    if plan.in_turn:
+        state = state.free(finished)
+    if plan.window is None or not isinstance(state.cache, PagedKVCache):
+        return state
+    # The next token sees itself as well.
+    seen_from = state.cache.kv_lens + 1 - plan.window
+    return dataclasses.replace(state, cache=state.cache.drop_before(seen_from))
 
 
 def both(result: RESULTS, other: RESULTS) -> RESULTS:

@@ -9,6 +9,7 @@ import jax.stages
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from ._cache import PagedKVCache
 from ._checks import check_positive
 from ._draft_model import DraftModel
 from ._generate import (
@@ -16,7 +17,6 @@ from ._generate import (
     Generation,
     generation_of,
     made_in,
-    Model,
     Sampler,
     StopSequences,
 )
@@ -24,6 +24,7 @@ from ._generation_checks import check_prompts_fit, is_traced
 from ._generation_loop import advance, begin, end_prompts, open_prompts
 from ._generation_plan import plan_of
 from ._generation_state import Cache, Plan, State
+from ._model import Model
 from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
 from .samplers._chain import greedy, Keys
@@ -52,6 +53,20 @@ class Stream(Iterator[dict[int, list[int]]]):
     def finished(self) -> Bool[np.ndarray, " num_prompts"]:
         """Whether there is nothing more to come of each prompt."""
         return ~(self._open & ~self._ended)[: self._num_prompts]
+
+    @property
+    def num_free_pages(self) -> int:
+        """How many pages of the pool are free after the last burst.
+
+        **Raises:**
+
+        `ValueError` over a cache without pages, after [`eqx_paged.Stream.finish`][], or if
+        the last burst was interrupted.
+        """
+        cache = self._held().cache
+        if not isinstance(cache, PagedKVCache):
+            raise ValueError(f"A {type(cache).__name__} has no pages.")
+        return int(cache.table.num_free_pages)
 
     def __next__(self) -> dict[int, list[int]]:
         """Runs a burst.
@@ -177,6 +192,7 @@ def stream(
     key: PRNGKeyArray | Keys | None = None,
     log_probs: int | None = None,
     draft: PromptLookup | DraftModel | None = None,
+    window: int | None = None,
     prefill_chunk: int = 512,
     donate_cache: bool = False,
 ) -> Stream:
@@ -226,9 +242,11 @@ def stream(
         key=key,
         log_probs=log_probs,
         draft=draft,
+        window=window,
         prefill_chunk=prefill_chunk,
     )
-    check_prompts_fit(cache, prompts.shape[1], np.asarray(prompt_lens))
+    lens = np.asarray(prompt_lens)
+    check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
     if not donate_cache:
         cache, draft_cache = jax.tree.map(jnp.copy, (cache, draft_cache))
     state = _begin(plan, cache, draft_cache)

@@ -40,6 +40,10 @@ MIN_PAGES = 16
 MIN_STOPS = 8
 MIN_NEW_TOKENS = 64
 
+# Looks at a prompt's new tokens; None lets it go on, a number ends it and says how many of
+# them to keep.
+Keep = Callable[[Sequence[int], Sequence[int]], int | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
@@ -83,7 +87,7 @@ class Program:
         """
         compiled = _extend.lower(self._inputs([], cache), cache).compile().compiled
         _, cache, _ = self.call([], cache)
-        return cache, _peak_bytes(compiled)
+        return cache, bytes_of(compiled)
 
     def call(
         self, prompts: Sequence[Sequence[int]], cache: PagedKVCache
@@ -117,7 +121,7 @@ class Program:
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
             lens[row] = len(prompt)
-        arrays = jnp.asarray(padded), jnp.asarray(lens), _padded_stops(self.stop_tokens)
+        arrays = jnp.asarray(padded), jnp.asarray(lens), padded_stops(self.stop_tokens)
         return self.model, *arrays, self.max_new_tokens
 
 
@@ -140,14 +144,15 @@ def _extend(
     return made, extended
 
 
-def _padded_stops(stop_tokens: tuple[int, ...]) -> Int32[Array, " num_stops"]:
-    # Their number is a shape too; no token is -1.
+def padded_stops(stop_tokens: tuple[int, ...]) -> Int32[Array, " num_stops"]:
+    """Stop tokens as an array, of which the number is a shape too; no token is -1."""
     padded = np.full(bucket(len(stop_tokens), MIN_STOPS), -1, np.int32)
     padded[: len(stop_tokens)] = stop_tokens
     return jnp.asarray(padded)
 
 
-def _peak_bytes(compiled: jax.stages.Compiled) -> int:
+def bytes_of(compiled: jax.stages.Compiled) -> int:
+    """The most bytes that a program holds at one time, as XLA reports."""
     memory = compiled.memory_analysis()
     assert memory is not None, "XLA tells it on every platform that has a device"
     return (
@@ -170,8 +175,7 @@ class Job:
     - `page_size`: of the cache.
     - `burst`: how many tokens to make between two looks at them.
     - `stop_tokens`: each ends its row, as the row's last token.
-    - `keep(prompt, tokens)`: looks at a prompt's new tokens; None lets it go on, a
-        number ends it and says how many of them to keep.
+    - `keep`: called with a prompt and its new tokens, to end it.
     - `sampler`, `seed`: how to choose a token from its logits.
     """
 
@@ -181,7 +185,7 @@ class Job:
     page_size: int = 16
     burst: int = 8
     stop_tokens: tuple[int, ...] = ()
-    keep: Callable[[Sequence[int], Sequence[int]], int | None] = lambda *_: None
+    keep: Keep = lambda *_: None
     sampler: Sampler = greedy
     seed: int = 0
 
@@ -200,15 +204,8 @@ class Job:
             "num_kv_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
             "num_seqs": bucket(len(self.prompts)),
-            "max_len": self._row_len(max(lens), config.short_len),
+            "max_len": row_len(max(lens), self.page_size, config.short_len),
         }
-
-    def _row_len(self, length: int, short_len: int | None) -> int:
-        """Rounded up, but not so far that a model takes the row for a long one."""
-        rounded = bucket(length, MIN_LEN)
-        # Of whole pages.
-        short = (short_len or 0) // self.page_size * self.page_size
-        return min(rounded, short) if length <= short else rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +242,14 @@ def bucket(count: int, least: int = 1) -> int:
     return max(least, -(-count // step) * step)
 
 
+def row_len(length: int, page_size: int, short_len: int | None) -> int:
+    """Rounded up, but not so far that a model takes the row for a long one."""
+    rounded = bucket(length, MIN_LEN)
+    # Of whole pages.
+    short = (short_len or 0) // page_size * page_size
+    return min(rounded, short) if length <= short else rounded
+
+
 def nothing_held(model: models.Decoder, job: Job) -> Held:
     """An empty cache with room for the job."""
     dtype = model.embed_tokens.weight.dtype
@@ -274,14 +279,17 @@ def run(model: models.Decoder, job: Job, held: Held | None = None) -> Iterator[P
     unread = [tokens[count:] for tokens, count in zip(known, cached, strict=True)]
     cache, prefill_clock, prefill_peak = _read(model, unread, held.cache)
     bursts = _bursts(model, job, cache)
-    peak_bytes = max(prefill_peak, _peak_bytes(bursts.compile()))
+    peak_bytes = max(prefill_peak, bytes_of(bursts.compile()))
 
-    rows, seconds = [_Row(prompt) for prompt in job.prompts], 0.0
+    rows, seconds = [Row(prompt, job.room(prompt)) for prompt in job.prompts], 0.0
     while not all(row.finished for row in rows):
         start = time.perf_counter()
         made = next(bursts)
         seconds += time.perf_counter() - start
-        rows = [row.extend(made.get(i, []), job) for i, row in enumerate(rows)]
+        rows = [
+            row.extend(made.get(i, []), job.stop_tokens, job.keep)
+            for i, row in enumerate(rows)
+        ]
         for i, row in enumerate(rows):
             if row.finished:
                 bursts.stop(i)
@@ -319,14 +327,14 @@ def _bursts(model: models.Decoder, job: Job, cache: PagedKVCache) -> Stream:
         max_new_tokens=bucket(max(map(job.room, job.prompts)), MIN_NEW_TOKENS),
         burst=job.burst,
         limits=np.array([job.room(prompt) for prompt in job.prompts]),
-        stop_tokens=_padded_stops(job.stop_tokens),
+        stop_tokens=padded_stops(job.stop_tokens),
         sampler=job.sampler,
         key=jax.random.key(job.seed),
         donate_cache=True,
     )
 
 
-def _left(bursts: Stream, rows: Sequence["_Row"]) -> Held:
+def _left(bursts: Stream, rows: Sequence["Row"]) -> Held:
     _, cache = bursts.finish()
     assert isinstance(cache, PagedKVCache), "a stream returns the kind it was given"
     # Nothing reads a row's last token, so the cache never had it; nor is there to be
@@ -336,18 +344,20 @@ def _left(bursts: Stream, rows: Sequence["_Row"]) -> Held:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-    """A prompt and its new tokens."""
+class Row:
+    """A prompt, room for so many new tokens, and those that were made and kept."""
 
     prompt: tuple[int, ...]
+    room: int
     tokens: tuple[int, ...] = ()
     finished: bool = False
 
-    def extend(self, new: list[int], job: Job) -> "_Row":
+    def extend(self, new: list[int], stop_tokens: tuple[int, ...], keep: Keep) -> "Row":
+        """With more tokens; `stop_tokens` and `keep` as in `Job`."""
         if self.finished:
             return self
         tokens = (*self.tokens, *new)
-        keep = job.keep(self.prompt, tokens)
-        is_full = len(tokens) == job.room(self.prompt)
-        finished = keep is not None or is_full or tokens[-1] in job.stop_tokens
-        return _Row(self.prompt, tokens[:keep], finished)
+        kept = keep(self.prompt, tokens)
+        is_full = len(tokens) == self.room
+        finished = kept is not None or is_full or tokens[-1] in stop_tokens
+        return dataclasses.replace(self, tokens=tokens[:kept], finished=finished)

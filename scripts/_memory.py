@@ -20,16 +20,18 @@ class Need:
     cache: int
 
     @classmethod
-    def of(cls, checkpoint: models.Checkpoint, job: Job, dtype: str | None) -> "Need":
+    def of(
+        cls, checkpoint: models.Checkpoint, shape: dict[str, int], dtype: str | None
+    ) -> "Need":
         """**Arguments:**
 
         - `checkpoint`: the model.
-        - `job`: what its cache has room for.
+        - `shape`: the sizes of the cache, as `PagedKVCache.empty` takes them.
         - `dtype`: of the weights and the cache; as stored if None.
         """
         make = functools.partial(
             PagedKVCache.empty,
-            **job.cache_shape(checkpoint.config),
+            **shape,
             dtype=checkpoint.dtype(dtype),
         )
         layers = jax.eval_shape(make).layers
@@ -51,14 +53,19 @@ def check_memory(checkpoint: models.Checkpoint, job: Job, options: Options) -> N
     - `options`: the command line.
     """
     free = free_memory()
-    need = Need.of(checkpoint, job, options.dtype)
+    need = _need(checkpoint, job, options.dtype)
     if need.total <= free:
         return
     fitting = _fitting(checkpoint, job, options.dtype, free)
     refuse(
-        f"the weights would take {_size(need.weights)} and the cache {_size(need.cache)},"
-        f" but {_size(free)} of memory are free: {fitting}"
+        f"the weights would take {size_text(need.weights)} and the cache"
+        f" {size_text(need.cache)},"
+        f" but {size_text(free)} of memory are free: {fitting}"
     )
+
+
+def _need(checkpoint: models.Checkpoint, job: Job, dtype: str | None) -> Need:
+    return Need.of(checkpoint, job.cache_shape(checkpoint.config), dtype)
 
 
 def _fitting(checkpoint: models.Checkpoint, job: Job, dtype: str | None, free: int) -> str:
@@ -80,7 +87,7 @@ def _fitting(checkpoint: models.Checkpoint, job: Job, dtype: str | None, free: i
 def _with_dtype(
     checkpoint: models.Checkpoint, job: Job, dtype: str | None, free: int
 ) -> list[str]:
-    if dtype is None or Need.of(checkpoint, job, dtype).total > free:
+    if dtype is None or _need(checkpoint, job, dtype).total > free:
         return []
     return [f"--dtype {dtype}"]
 
@@ -92,7 +99,7 @@ def _with_page_size(
     for page_size in sorted(PAGE_SIZES, reverse=True):
         other = dataclasses.replace(job, page_size=page_size)
         smaller = page_size < job.page_size
-        if smaller and Need.of(checkpoint, other, dtype).total <= free:
+        if smaller and _need(checkpoint, other, dtype).total <= free:
             return [f"--page-size {page_size}"]
     return []
 
@@ -104,7 +111,7 @@ def _with_max_len(
 
     def fits(max_len: int) -> bool:
         other = dataclasses.replace(job, max_len=max_len)
-        return Need.of(checkpoint, other, dtype).total <= free
+        return _need(checkpoint, other, dtype).total <= free
 
     shortest = max(2, 1 + max(map(len, job.prompts)))
     longest = max(len(prompt) + job.room(prompt) for prompt in job.prompts)
@@ -117,7 +124,8 @@ def _with_max_len(
     return [f"--max-len {shortest}"]
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """Of memory, in the unit that suits it."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:,.1f} {unit}"

@@ -7,8 +7,9 @@ import json
 import math
 import pathlib
 
-from . import _command_line
+from . import _command_line, _prompts_file
 from ._command_line import Parser, whole
+from ._prompts_file import check_prompt, is_json, read_lines
 
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -16,6 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny"
 
 refuse = functools.partial(_command_line.refuse, "generate")
+check_text = functools.partial(_prompts_file.check_text, "generate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +70,8 @@ def parse_options(arguments: list[str] | None) -> Options:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("generate", "Continues prompts with a model, through a paged cache.")
+    add_generation_options(parser)
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="DIR",
-        default=str(EMBEDDED_MODEL),
-        help="a folder with config.json, model.safetensors and tokenizer.json, or the"
-        " name of one on the Hugging Face hub, as in organisation/model (default: the"
-        " model that comes with the sources)",
-    )
     add(
         "--prompt",
         metavar="TEXT",
@@ -116,6 +111,31 @@ def _parser() -> argparse.ArgumentParser:
         " tokens (default: what the model reads, in a chat no more than 4096)",
     )
     add(
+        "--stream",
+        action="store_true",
+        help="show text as it is made (on stderr with --json)",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add(
+        "--show-pages",
+        action="store_true",
+        help="draw which sequence holds which page (on stderr with --json)",
+    )
+    return parser
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """What a program takes that continues prompts with a model."""
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        default=str(EMBEDDED_MODEL),
+        help="a folder with config.json, model.safetensors and tokenizer.json, or the"
+        " name of one on the Hugging Face hub, as in organisation/model (default: the"
+        " model that comes with the sources)",
+    )
+    add(
         "--stop",
         metavar="TEXT",
         action="append",
@@ -139,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--temperature",
         metavar="T",
-        type=_temperature,
+        type=temperature,
         default=0.0,
         help="draw tokens with probabilities softmax(logits / T); 0 takes the"
         " likeliest token each time (default: 0)",
@@ -151,21 +171,10 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="of the draws; without effect at temperature 0 (default: 0)",
     )
-    add(
-        "--stream",
-        action="store_true",
-        help="show text as it is made (on stderr with --json)",
-    )
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    add(
-        "--show-pages",
-        action="store_true",
-        help="draw which sequence holds which page (on stderr with --json)",
-    )
-    return parser
 
 
-def _temperature(text: str) -> float:
+def temperature(text: str) -> float:
+    """Reads a temperature."""
     try:
         number = float(text)
     except ValueError:
@@ -183,33 +192,12 @@ def _prompts(given: list[str], path: pathlib.Path | None) -> tuple[str, ...]:
 
 
 def _text(text: str, option: str) -> str:
-    if not text:
-        refuse(f"argument {option}: an empty text")
-    return check_text(text, f"argument {option}")
-
-
-def check_text(text: str, source: str) -> str:
-    """Refuses what is not UTF-8: such bytes arrive as lone surrogates."""
-    if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
-        refuse(f"{source}: {text!r} is not UTF-8")
-    return text
+    return check_prompt("generate", text, f"argument {option}")
 
 
 def _read_prompts(path: pathlib.Path) -> list[str]:
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        refuse(f"argument --prompts-file: cannot read '{path}': {error.strerror}")
-    except UnicodeDecodeError as error:
-        refuse(f"argument --prompts-file: '{path}' is not UTF-8 (byte {error.start})")
-    lines = [line.removesuffix("\r") for line in lines if line.strip()]
-    if not lines:
-        refuse(f"argument --prompts-file: '{path}' has no prompt in it")
-    return [_json_text(line, path) for line in lines] if _is_json(path) else lines
-
-
-def _is_json(path: pathlib.Path) -> bool:
-    return path.suffix == ".jsonl"
+    lines = [*read_lines("generate", path).values()]
+    return [_json_text(line, path) for line in lines] if is_json(path) else lines
 
 
 def _json_text(line: str, path: pathlib.Path) -> str:

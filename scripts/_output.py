@@ -22,20 +22,29 @@ def results_of(
     pages = held_pages(progress.held.cache.table)
     results = []
     for row, (prompt, tokens) in enumerate(zip(prompts, progress.tokens, strict=True)):
-        ended = tokens[-1] in codec.stop_tokens or codec.keep(prompt, tokens) is not None
         results.append(
             {
-                "prompt": texts[row],
-                "text": codec.decode(prompt, tokens),
-                "tokens": list(tokens),
-                "num_prompt_tokens": len(prompt),
+                **result_of(texts[row], codec, prompt, tokens),
                 "num_cached_tokens": progress.cached[row],
-                "num_new_tokens": len(tokens),
-                "finish_reason": "stop" if ended else "length",
                 "pages": pages[row],
             }
         )
     return results
+
+
+def result_of(
+    text: str, codec: Codec, prompt: tuple[int, ...], tokens: tuple[int, ...]
+) -> dict[str, Any]:
+    """What was made of a prompt."""
+    ended = tokens[-1] in codec.stop_tokens or codec.keep(prompt, tokens) is not None
+    return {
+        "prompt": text,
+        "text": codec.decode(prompt, tokens),
+        "tokens": list(tokens),
+        "num_prompt_tokens": len(prompt),
+        "num_new_tokens": len(tokens),
+        "finish_reason": "stop" if ended else "length",
+    }
 
 
 def report_of(

@@ -16,6 +16,7 @@ from ._chat import chat, whole_chat
 from ._draw_pages import draw_pages
 from ._engine import Job, Progress, run
 from ._memory import check_memory
+from ._open_model import open_model
 from ._options import Options, parse_options, refuse
 from ._output import (
     heading,
@@ -39,7 +40,7 @@ MAX_CHAT_LEN = 4096
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line `arguments`, the process's own if None."""
     options = parse_options(arguments)
-    directory, checkpoint, codec = _open(options)
+    directory, checkpoint, codec = open_model("generate", options.model, options.stops)
     template = _chat_template(directory) if options.chat else None
     max_len = _max_len(options, codec)
     prompts = ((),) if options.chat else _encode(options, codec, max_len)
@@ -60,18 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(summary_of(progress), file=sys.stderr)
     if options.show_pages:
         print(draw_pages(progress.held.cache.table, len(prompts)), file=side)
-
-
-def _open(options: Options) -> tuple[pathlib.Path, models.Checkpoint, Codec]:
-    """Everything of the model but its weights."""
-    try:
-        directory = models.find_checkpoint(options.model)
-        checkpoint = models.Checkpoint.open(directory)
-        tokenizer = models.load_tokenizer(directory)
-        ends = models.load_stop_tokens(directory, checkpoint.config)
-    except (ValueError, OSError) as error:
-        refuse(f"argument --model: {error}")
-    return directory, checkpoint, Codec(tokenizer, checkpoint.config, ends, options.stops)
 
 
 def _chat_template(directory: pathlib.Path) -> models.ChatTemplate:

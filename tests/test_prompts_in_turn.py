@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, HealthCheck, settings, strategies as st
 
 from .helpers import assert_trees_identical, ints, told
 from .test_generate import (
@@ -17,9 +18,11 @@ from .test_generate import (
     generate,
     HEAD_DIM,
     MAX_LEN,
+    MAX_NEW_TOKENS,
     model,  # noqa: F401  a fixture
     NUM_KV_HEADS,
     NUM_LAYERS,
+    PAGE_SIZE,
     prompt,
     TRACES,
 )
@@ -43,12 +46,29 @@ def poisoned(cache):
     return dataclasses.replace(cache, layers=layers)
 
 
-def assert_all_free(cache):
+def with_free_pages(cache, free):
+    """An empty cache of which only some pages are free, the last of them first."""
+    held = np.setdiff1d(np.arange(cache.table.num_pages), free)
+    table = dataclasses.replace(
+        cache.table,
+        free_pages=ints([*free, *held]),
+        ref_counts=cache.table.ref_counts.at[held].set(1),
+        num_free_pages=jnp.array(len(free), jnp.int32),
+    )
+    return dataclasses.replace(cache, table=table)
+
+
+def assert_free(cache, free):
+    """Whether no row holds anything, and just these pages are free."""
     table = cache.table
     assert table.kv_lens.tolist() == [0] * cache.num_seqs
-    assert int(table.num_free_pages) == table.num_pages
-    assert sorted(table.free_pages.tolist()) == list(range(table.num_pages))
-    assert not np.any(table.ref_counts)
+    assert sorted(table.free_pages[: int(table.num_free_pages)].tolist()) == sorted(free)
+    held = np.setdiff1d(np.arange(table.num_pages), free)
+    np.testing.assert_array_equal(np.flatnonzero(table.ref_counts), held)
+
+
+def assert_all_free(cache):
+    assert_free(cache, range(cache.table.num_pages))
 
 
 # Room for all; rows that wait for pages; and so few that rows are put back.
@@ -65,10 +85,12 @@ def test_a_stop_token_frees_a_row_for_the_next(model):  # noqa: F811
     stops = (continued(PROMPTS[0])[2], continued(PROMPTS[3])[7], continued(PROMPTS[5])[0])
     new = expected(PROMPTS, stops)
     assert len({len(tokens) for tokens in new}) > 3
-    cache = empty(num_seqs=2, num_pages=6)
-    generation, cache = generate(model, cache, PROMPTS, stop_tokens=stops)
+    cache = with_free_pages(empty(num_seqs=2, num_pages=12), range(6))
+    # The program of the test of arrivals.
+    options = dict(limits=np.full(len(PROMPTS), MAX_NEW_TOKENS), stop_tokens=stops)
+    generation, cache = generate(model, cache, PROMPTS, **options)
     assert answers(generation) == new
-    assert_all_free(cache)
+    assert_free(cache, range(6))
 
 
 @pytest.mark.parametrize("max_new_tokens", (0, 1))
@@ -132,3 +154,41 @@ def test_a_row_that_alone_has_too_few_pages_ends_the_run(model):  # noqa: F811
     for made, whole in zip(answers(generation), expected(PROMPTS)):
         assert made == whole[: len(made)]
     assert_all_free(cache)
+
+
+@st.composite
+def arrivals(draw):
+    """Prompts in some order, some of them again; limits; stop tokens; free pages."""
+    n = len(PROMPTS)
+    order = draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n))
+    limits = draw(st.lists(st.integers(0, MAX_NEW_TOKENS), min_size=n, max_size=n))
+    made = sorted({token for tokens in expected(PROMPTS) for token in tokens})
+    stops = draw(st.lists(st.sampled_from(made), max_size=3))
+    # As many pages as the longest prompt needs by itself, at least.
+    lens = [len(PROMPTS[i]) + max(0, limit - 1) for i, limit in zip(order, limits)]
+    num_free = draw(st.integers(max(1, -(-max(lens) // PAGE_SIZE)), 12))
+    free = draw(st.permutations(range(12)))[:num_free]
+    return order, limits, stops, free
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=arrivals())
+def test_whatever_arrives_is_continued_as_by_itself(model, case):  # noqa: F811
+    order, limits, stops, free = case
+    prompts = [PROMPTS[i] for i in order]
+    cache = with_free_pages(poisoned(empty(num_seqs=2, num_pages=12)), free)
+    # Of one shape, so that one program serves all.
+    options = dict(limits=np.array(limits), stop_tokens=[*stops, *[-1] * (3 - len(stops))])
+    generation, cache = generate(model, cache, prompts, **options)
+    new = [made[:n] for made, n in zip(expected(prompts, stops), limits)]
+    assert answers(generation) == new
+    assert_free(cache, free)
+    held = np.setdiff1d(np.arange(12), free)
+    for pool in jax.tree.leaves(cache.layers):
+        assert np.all(np.isnan(pool[held])), "a page that was not free was written"

@@ -17,7 +17,7 @@ CLASSES = (
     *("PageTable", "PagedKVCache", "KVPages", "RaggedBatch", "RaggedKVCache", "RaggedKV"),
     *("PageCopies",),
     *("PagedAttention", "RaggedAttention", "PagedMultiheadAttention", "Generation"),
-    *("LogProbs", "Hypotheses"),
+    *("Hypotheses", "LogProbs", "Drafted", "PromptLookup", "DraftModel"),
 )
 ARRAY_FUNCTIONS = (
     *("paged_attention", "ragged_paged_attention", "ragged_mqa", "ragged_mha"),

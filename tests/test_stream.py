@@ -155,6 +155,31 @@ def test_a_stream_may_only_read():
     assert cache.kv_lens.tolist() == list(LENGTHS)
 
 
+def test_pages_are_counted_between_bursts():
+    import eqx_paged
+
+    bursts = stream(empty(8, 24))
+    assert bursts.num_free_pages == 24
+    next(bursts)
+    # All prompts have been read, and two tokens after the first one.
+    pages = [-(-(n + 2) // 8) for n in LENGTHS if n]
+    while any(n and not made for n, made in zip(LENGTHS, joined([next(bursts)]))):
+        pass
+    used = 24 - bursts.num_free_pages
+    assert sum(pages) <= used <= 24
+    bursts.cancel(1)
+    next(bursts)
+    assert 24 - bursts.num_free_pages < used
+    _, cache = bursts.finish()
+    with pytest.raises(ValueError, match="finished"):
+        _ = bursts.num_free_pages
+    contiguous = eqx_paged.RaggedKVCache.empty(
+        num_layers=1, num_seqs=8, max_len=64, num_kv_heads=1, head_dim=8
+    )
+    with pytest.raises(ValueError, match="RaggedKVCache has no pages"):
+        _ = stream(contiguous).num_free_pages
+
+
 def test_misuse_is_told(no_type_hook):
     cache = empty(8, 24)
     bursts = stream(cache)

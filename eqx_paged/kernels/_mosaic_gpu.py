@@ -379,7 +379,8 @@ def plain(pages: jax.Array, head_dim: int) -> jax.Array:
 
 
 def interpreter() -> Any:
-    """What `interpret=True` stands for."""
+    """What `interpret=True` stands for. Each warpgroup takes a thread of XLA's: where there
+    are fewer, of cores and of CPU devices, it waits without end."""
     return plgpu.InterpretGPUParams()
 
 

@@ -146,9 +146,9 @@ def _traced_once(
     num_results = 3 if return_residuals else 1
     arrays = [operands[name] for name in ("q", "k_pages", "v_pages", "page_indices")]
     pallas = operation.pallas(config)
-    # What there should not be: more tokens than the table has places for.
+    # What there should not be: more tokens than the table has places for, or fewer than 0.
     capacity = min(_capacity(operands, operands["q"].shape[2]), jnp.iinfo(jnp.int32).max)
-    operands = operands | dict(kv_lens=jnp.minimum(operands["kv_lens"], capacity))
+    operands = operands | dict(kv_lens=jnp.clip(operands["kv_lens"], 0, capacity))
     unsupported = {
         name: kernel.reason_against(*arrays, by_name=name == implementation)
         for name, kernel in pallas.items()

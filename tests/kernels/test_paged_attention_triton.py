@@ -136,6 +136,21 @@ def test_what_is_chosen_without_a_config(getkey):
     check(case, blocks=None)
 
 
+@pytest.mark.parametrize("implementation", ("xla", "pallas_gpu"))
+def test_a_row_of_fewer_than_0_tokens_is_idle_and_costs_the_others_nothing(
+    getkey, implementation
+):
+    # Added up as it is, it would leave the others too few parts.
+    case = paged_case(getkey(), kv_lens=(1200, 1200, 0), num_heads=2)
+    *arrays, kv_lens, page_indices = case.decode_args
+    args = (*arrays, kv_lens.at[2].set(-10_000), page_indices)
+    how = dict(interpret=True, config=config(**SMALL))
+    how = how if implementation == "pallas_gpu" else {}
+    assert_close(
+        run("paged_attention", implementation, args, **how), expected_paged(case)[0]
+    )
+
+
 @slow
 def test_rows_that_are_left_whole(getkey):
     case = paged_case(getkey(), kv_lens=(300, 0, 1, 1200))

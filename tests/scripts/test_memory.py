@@ -66,7 +66,7 @@ def said(checkpoint, options, capsys, monkeypatch):
 def need(checkpoint, job, dtype=None):
     from scripts._memory import Need
 
-    return Need.of(checkpoint, job, dtype)
+    return Need.of(checkpoint, job.cache_shape(checkpoint.config), dtype)
 
 
 def test_what_is_needed_is_what_is_made(checkpoint):
