@@ -27,6 +27,14 @@ def pytest_configure(config):
         config.option.markexpr = "not slow and not gpu_aot and not peers"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module():
+    """Lets go of a module's programs when its tests are done: each takes a few mappings of
+    memory, of which a process may have some 65,000, and compiling aborts without one."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def fresh_traces():
     """For a test that changes what is traced: no trace from before it is used in it, and

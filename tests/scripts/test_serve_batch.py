@@ -126,7 +126,15 @@ def test_a_stop_text_ends_a_prompt(serve, alone, model_dir):  # noqa: F811
     assert results[0]["tokens"] == alone["hello"][: results[0]["num_new_tokens"]]
 
 
-def test_an_interrupt_keeps_what_is_finished(serve, alone, tmp_path, monkeypatch):
+@pytest.fixture
+def heeded():
+    """SIGINT as at a terminal: a shell that runs the tests in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_keeps_what_is_finished(serve, alone, tmp_path, monkeypatch, heeded):
     from scripts import serve_batch
 
     whole = serve_batch.serve
