@@ -74,7 +74,9 @@ def test_a_row_is_many_times_as_long_as_the_pool(model):
     assert answers(more) == [continued(whole, 20)]
 
 
-@pytest.mark.parametrize("num_seqs, num_pages", ((3, 7), (4, 16)))
+@pytest.mark.parametrize(
+    "num_seqs, num_pages", ((3, 7), pytest.param(4, 16, marks=pytest.mark.slow))
+)
 def test_prompts_in_turn_and_side_by_side(model, num_seqs, num_pages):
     cache = poisoned(empty(num_seqs=num_seqs, num_pages=num_pages, max_len=MAX_LEN))
     generation, cache = run(model, cache, TEXTS)
@@ -84,6 +86,7 @@ def test_prompts_in_turn_and_side_by_side(model, num_seqs, num_pages):
         assert_all_free(cache)
 
 
+@pytest.mark.slow
 def test_drafted_tokens_that_are_taken_back_leave_what_is_still_seen(model):
     import eqx_paged
 

@@ -71,7 +71,13 @@ def draft_of(model, cache, *, noise=0.0, num_tokens=3):  # noqa: F811
 
 # Room for all, rows that wait for pages, and so few that rows are put back.
 @pytest.mark.parametrize(
-    "num_seqs, num_pages, noise", ((4, 32, 0.0), (3, 5, 0.0), (3, 5, 0.4), (1, 4, 0.4))
+    "num_seqs, num_pages, noise",
+    (
+        (1, 4, 0.4),
+        pytest.param(3, 5, 0.0, marks=pytest.mark.slow),
+        pytest.param(3, 5, 0.4, marks=pytest.mark.slow),
+        pytest.param(4, 32, 0.0, marks=pytest.mark.slow),
+    ),
 )
 def test_a_draft_changes_no_token(model, num_seqs, num_pages, noise):  # noqa: F811
     cache = poisoned(empty(num_seqs=num_seqs, num_pages=num_pages))
@@ -143,7 +149,7 @@ def test_a_text_that_repeats_itself_takes_few_steps():
 PARAMETERS = dict(temperature=1.5, presence_penalty=0.7, top_p=0.9)
 
 
-@pytest.mark.parametrize("in_turn", (False, True))
+@pytest.mark.parametrize("in_turn", (True, pytest.param(False, marks=pytest.mark.slow)))
 def test_what_is_drawn_is_drawn_without_a_draft(in_turn):
     import eqx_paged
 
@@ -203,6 +209,7 @@ def test_a_stream_with_a_draft_gives_the_same_tokens(model):  # noqa: F811
     assert_all_free(after)
 
 
+@pytest.mark.slow
 def test_limits_and_the_ends_of_rows_bound_what_is_drafted(model):  # noqa: F811
     texts = (PROMPTS[3], PROMPTS[5])
     for changed in (dict(max_len=24), dict(num_pages=5)):
