@@ -100,9 +100,9 @@ def test_parameters_are_data():
         # One number for all prompts is the same program.
         chain_of(dict(of_prompt(0, PARAMETERS), top_k=4)),
     ]
-    caches = empty(3, 5), empty(3, 5)
+    caches, keys = (empty(3, 5), empty(3, 5)), (KEY, jax.random.key(99))
     with count_compilations() as compilations:
-        for chain, cache, key in zip(chains, caches, (KEY, jax.random.key(99))):
+        for chain, cache, key in zip(chains, caches, keys):
             generate(cache, chain, key=key)
     assert not compilations
 

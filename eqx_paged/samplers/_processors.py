@@ -192,7 +192,11 @@ def _parameter(
         if not np.all(is_allowed(array)):
             raise ValueError(f"{name} must be {allowed}, but is {value}.")
         array = np.minimum(array, INT32_MAX) if integer else array
-    return jnp.atleast_1d(jnp.asarray(array, jnp.int32 if integer else jnp.float32))
+    dtype = jnp.int32 if integer else jnp.float32
+    if is_traced:
+        return jnp.atleast_1d(array.astype(dtype))
+    # By NumPy, which compiles nothing.
+    return jnp.asarray(np.atleast_1d(array).astype(dtype))
 
 
 # --- What they do, a row each: logits [num_seqs, vocab_size], parameters [num_seqs] or [1]
