@@ -13,7 +13,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from ._cache import PagedKVCache
 from ._checks import check_positive, first_of
 from ._generate import generate
-from ._generation_checks import check_prompts, check_stop_tokens, is_traced
+from ._generation_checks import (
+    check_prompts,
+    check_rows_fit,
+    check_stop_tokens,
+    is_traced,
+)
 from ._model import Model
 from ._results import RESULTS
 
@@ -395,21 +400,5 @@ def _check_fit(cache, max_prompt_len, prompt_lens, num_beams):
                 f"Row {row} is for another beam of prompt {row // num_beams} and must be "
                 f"empty, but holds {held[row]} tokens."
             )
-    held = held[::num_beams]
-    for i, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
-        if not 0 <= new <= max_prompt_len:
-            raise ValueError(
-                f"Prompt {i} has length {new}, but prompts has room for 0 to "
-                f"{max_prompt_len} tokens each."
-            )
-        if old + new > cache.max_len:
-            raise ValueError(
-                f"Prompt {i} has {new} tokens and row {i * num_beams} of the cache holds "
-                f"{old}, but a row has room for {cache.max_len}."
-            )
-    size, num_free = cache.page_size, int(cache.table.num_free_pages)
-    needed = int(np.sum(-(-(held + prompt_lens) // size) - -(-held // size)))
-    if needed > num_free:
-        raise ValueError(
-            f"The prompts need {needed} pages of {size} tokens, but {num_free} are free."
-        )
+    rows = np.arange(len(prompt_lens)) * num_beams
+    check_rows_fit(cache, max_prompt_len, prompt_lens, rows)

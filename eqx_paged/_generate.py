@@ -169,8 +169,7 @@ def generate(
         prefill_chunk=prefill_chunk,
     )
     if throw:
-        lens = np.asarray(prompt_lens)
-        check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
+        check_prompts_fit(cache, prompts, prompt_lens, plan)
     made, result, cache, draft_cache = _run(model, cache, plan, draft_cache)
     if throw and result != RESULTS.successful:
         raise RuntimeError(

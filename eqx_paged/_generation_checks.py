@@ -57,15 +57,40 @@ def _check_int32(name, array):
         )
 
 
-def check_prompts_fit(cache, max_prompt_len, prompt_lens, most_at_once):
-    in_turn = len(prompt_lens) > cache.num_seqs
-    held = np.asarray(cache.kv_lens)
-    if in_turn and held.any():
+def check_prompts_fit(cache, prompts, prompt_lens, plan):
+    """Whether there is room for prompts, each in its row or one after the other."""
+    prompt_lens, max_prompt_len = np.asarray(prompt_lens), prompts.shape[1]
+    if not plan.in_turn:
+        rows = np.arange(len(prompt_lens))
+        check_rows_fit(cache, max_prompt_len, prompt_lens, rows, plan.most_pages)
+        return
+    num_held = int(np.sum(cache.kv_lens))
+    if num_held > 0:
         raise ValueError(
             f"{len(prompt_lens)} prompts go through {cache.num_seqs} rows in turn, which "
-            f"must be empty, but they hold {held.sum()} tokens."
+            f"must be empty, but they hold {num_held} tokens."
         )
-    held = np.resize(held, len(prompt_lens))  # 0 for prompts without a row
+    held = np.zeros_like(prompt_lens)
+    _check_lens(cache, max_prompt_len, prompt_lens, held, [""] * len(held))
+    if isinstance(cache, PagedKVCache):
+        pages = _new_pages(cache, held, prompt_lens, plan.most_pages)
+        _check_pages(cache, int(pages.max()), f"Prompt {int(pages.argmax())} needs")
+
+
+def check_rows_fit(cache, max_prompt_len, prompt_lens, rows, most_pages=lambda size: None):
+    """Whether there is room for prompts beside what the rows that they extend hold."""
+    held = np.asarray(cache.kv_lens)[rows]
+    beside = [
+        f" and row {r} of the cache holds {n}" for r, n in zip(rows, held, strict=True)
+    ]
+    _check_lens(cache, max_prompt_len, prompt_lens, held, beside)
+    if isinstance(cache, PagedKVCache):
+        needed = int(np.sum(_new_pages(cache, held, prompt_lens, most_pages)))
+        needed += _num_copies(cache.table, rows, held, prompt_lens)
+        _check_pages(cache, needed, "The prompts need")
+
+
+def _check_lens(cache, max_prompt_len, prompt_lens, held, beside):
     for i, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
         if not 0 <= new <= max_prompt_len:
             raise ValueError(
@@ -73,31 +98,32 @@ def check_prompts_fit(cache, max_prompt_len, prompt_lens, most_at_once):
                 f"{max_prompt_len} tokens each."
             )
         if old + new > cache.max_len:
-            where = "" if in_turn else f" and row {i} of the cache holds {old}"
             raise ValueError(
-                f"Prompt {i} has {new} tokens{where}, but a row has room for "
+                f"Prompt {i} has {new} tokens{beside[i]}, but a row has room for "
                 f"{cache.max_len}."
             )
-    if isinstance(cache, PagedKVCache):
-        size, num_free = cache.page_size, int(cache.table.num_free_pages)
-        pages = -(-(held + prompt_lens) // size) - -(-held // size)
-        if most_at_once is not None:
-            pages = np.minimum(pages, -(-most_at_once // size) + 1)
-        if in_turn:
-            needed, who = int(pages.max()), f"Prompt {int(pages.argmax())} needs"
-        else:
-            needed = int(pages.sum()) + _num_copies(cache.table, held, prompt_lens)
-            who = "The prompts need"
-        if needed > num_free:
-            raise ValueError(
-                f"{who} {needed} pages of {size} tokens, but {num_free} are free."
-            )
 
 
-def _num_copies(table, held, prompt_lens):
+def _new_pages(cache, held, prompt_lens, most_pages):
+    """The pages that each prompt takes at a time."""
+    pages = -(-(held + prompt_lens) // cache.page_size) - -(-held // cache.page_size)
+    most = most_pages(cache.page_size)
+    return pages if most is None else np.minimum(pages, most)
+
+
+def _check_pages(cache, needed, who):
+    num_free = int(cache.table.num_free_pages)
+    if needed > num_free:
+        raise ValueError(
+            f"{who} {needed} pages of {cache.page_size} tokens, but {num_free} are free."
+        )
+
+
+def _num_copies(table, rows, held, prompt_lens):
     """Pages that the prompts' rows share with others, and must copy to write to."""
-    writers = np.flatnonzero((prompt_lens > 0) & (held % table.page_size > 0))
-    tails = np.asarray(table.page_indices)[writers, held[writers] // table.page_size]
+    writes = (prompt_lens > 0) & (held % table.page_size > 0)
+    columns = held[writes] // table.page_size
+    tails = np.asarray(table.page_indices)[rows[writes], columns]
     pages, counts = np.unique(tails, return_counts=True)
     # Where all holders write, one of them keeps the page.
     return int(np.sum(counts - (counts == np.asarray(table.ref_counts)[pages])))

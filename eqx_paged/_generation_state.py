@@ -62,11 +62,13 @@ class Plan(eqx.Module):
         one = self.prompts.shape[1] == 1 and self.max_new_tokens > 0
         return one and not self.in_turn
 
-    @property
-    def most_at_once(self) -> int | None:
-        """The most tokens that a row has pages for at a time: those that are seen, and
-        those that a step adds. None if that goes with its length."""
-        return None if self.window is None else self.window + self.num_tokens
+    def most_pages(self, page_size: int) -> int | None:
+        """The most pages that a row has at a time: of the tokens that are seen, and those
+        that a step adds. None if that goes with its length."""
+        if self.window is None:
+            return None
+        # One more, since what is seen may begin within a page.
+        return -(-(self.window + self.num_tokens) // page_size) + 1
 
     @property
     def most_per_step(self) -> int:
@@ -206,8 +208,5 @@ def pages_at_once(
     cache: PagedKVCache, plan: Plan, length: Int32[Array, " *shape"]
 ) -> Int32[Array, " *shape"]:
     """The most pages that so many new tokens of a row take at a time."""
-    if plan.most_at_once is None:
-        return num_pages(cache, length)
-    # One more, since what is seen may begin within a page.
-    most = -(-plan.most_at_once // cache.page_size) + 1
-    return jnp.minimum(num_pages(cache, length), most)
+    pages, most = num_pages(cache, length), plan.most_pages(cache.page_size)
+    return pages if most is None else jnp.minimum(pages, most)

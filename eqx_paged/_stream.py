@@ -245,8 +245,7 @@ def stream(
         window=window,
         prefill_chunk=prefill_chunk,
     )
-    lens = np.asarray(prompt_lens)
-    check_prompts_fit(cache, prompts.shape[1], lens, plan.most_at_once)
+    check_prompts_fit(cache, prompts, prompt_lens, plan)
     if not donate_cache:
         cache, draft_cache = jax.tree.map(jnp.copy, (cache, draft_cache))
     state = _begin(plan, cache, draft_cache)

@@ -116,11 +116,7 @@ class Program:
     def _inputs(
         self, prompts: Sequence[Sequence[int]], cache: PagedKVCache
     ) -> tuple[Any, ...]:
-        padded = np.zeros((cache.num_seqs, self.max_prompt_len), np.int32)
-        lens = np.zeros(cache.num_seqs, np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-            lens[row] = len(prompt)
+        padded, lens = padded_prompts(prompts, cache.num_seqs, self.max_prompt_len)
         arrays = jnp.asarray(padded), jnp.asarray(lens), padded_stops(self.stop_tokens)
         return self.model, *arrays, self.max_new_tokens
 
@@ -142,6 +138,18 @@ def _extend(
     )
     assert isinstance(extended, PagedKVCache), "generate returns the kind it was given"
     return made, extended
+
+
+def padded_prompts(
+    prompts: Sequence[Sequence[int]], num_prompts: int, max_prompt_len: int
+) -> tuple[Int32[np.ndarray, "num_prompts max_prompt_len"], Int32[np.ndarray, " _"]]:
+    """Prompts as an array, and how many tokens each has; 0 past the last."""
+    padded = np.zeros((num_prompts, max_prompt_len), np.int32)
+    lens = np.zeros(num_prompts, np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+        lens[row] = len(prompt)
+    return padded, lens
 
 
 def padded_stops(stop_tokens: tuple[int, ...]) -> Int32[Array, " num_stops"]:
@@ -197,15 +205,13 @@ class Job:
         """The sizes of a cache with room for all that the job may make."""
         lens = [len(prompt) + self.room(prompt) for prompt in self.prompts]
         num_pages = sum(-(-length // self.page_size) for length in lens)
-        return {
-            "num_layers": config.num_hidden_layers,
-            "num_pages": bucket(num_pages, MIN_PAGES),
-            "page_size": self.page_size,
-            "num_kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "num_seqs": bucket(len(self.prompts)),
-            "max_len": row_len(max(lens), self.page_size, config.short_len),
-        }
+        return shape_of_cache(
+            config,
+            num_pages=bucket(num_pages, MIN_PAGES),
+            page_size=self.page_size,
+            num_seqs=bucket(len(self.prompts)),
+            longest=max(lens),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +248,27 @@ def bucket(count: int, least: int = 1) -> int:
     return max(least, -(-count // step) * step)
 
 
-def row_len(length: int, page_size: int, short_len: int | None) -> int:
+def shape_of_cache(
+    config: models.DecoderConfig,
+    *,
+    num_pages: int,
+    page_size: int,
+    num_seqs: int,
+    longest: int,
+) -> dict[str, int]:
+    """The sizes of a model's cache, with rows for texts of up to `longest` tokens."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "num_seqs": num_seqs,
+        "max_len": _row_len(longest, page_size, config.short_len),
+    }
+
+
+def _row_len(length: int, page_size: int, short_len: int | None) -> int:
     """Rounded up, but not so far that a model takes the row for a long one."""
     rounded = bucket(length, MIN_LEN)
     # Of whole pages.

@@ -1,13 +1,12 @@
 """What `python -m scripts.serve_batch` writes: results as they finish, and a chart."""
 
 import json
-import os
 import pathlib
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from ._serving import Burst
+from ._whole_file import write_whole
 
 
 class Results:
@@ -41,16 +40,6 @@ class Results:
         if error is None:
             text = "".join(self._lines[index] for index in sorted(self._lines))
             write_whole(self._path, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Writes a file beside `path`, which takes its place once it is whole."""
-    part = path.with_name(f".part-{path.name}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def draw_pool(bursts: list[Burst], num_pages: int, path: pathlib.Path) -> None:

@@ -21,9 +21,10 @@ from ._engine import (
     MIN_NEW_TOKENS,
     MIN_PAGES,
     MIN_PROMPT_LEN,
+    padded_prompts,
     padded_stops,
     Row,
-    row_len,
+    shape_of_cache,
 )
 from ._serve_options import Request
 
@@ -56,15 +57,13 @@ class Batch:
         most = sum(sorted(map(self.pages_of, range(len(self.prompts))))[-num_rows:])
         pairs = zip(self.prompts, self.requests, strict=True)
         longest = max(len(tokens) + request.max_new_tokens for tokens, request in pairs)
-        return {
-            "num_layers": config.num_hidden_layers,
-            "num_pages": self.num_pages or bucket(most, MIN_PAGES),
-            "page_size": self.page_size,
-            "num_kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "num_seqs": num_rows,
-            "max_len": row_len(longest, self.page_size, config.short_len),
-        }
+        return shape_of_cache(
+            config,
+            num_pages=self.num_pages or bucket(most, MIN_PAGES),
+            page_size=self.page_size,
+            num_seqs=num_rows,
+            longest=longest,
+        )
 
     def pages_of(self, index: int) -> int:
         """The most pages that a prompt needs: the last token made is never read."""
@@ -102,7 +101,8 @@ def begin(model: models.Decoder, batch: Batch) -> Stream:
     """The stream of the prompts, before its first burst."""
     dtype = model.embed_tokens.weight.dtype
     cache = PagedKVCache.empty(**batch.cache_shape(model.config), dtype=dtype)
-    prompts, lens = _padded_prompts(batch)
+    width = bucket(max(map(len, batch.prompts)), MIN_PROMPT_LEN)
+    prompts, lens = padded_prompts(batch.prompts, batch.num_padded, width)
     limits = np.ones(batch.num_padded, np.int32)
     limits[: len(batch.requests)] = [x.max_new_tokens for x in batch.requests]
     sampler, keys = _sampler(batch)
@@ -119,16 +119,6 @@ def begin(model: models.Decoder, batch: Batch) -> Stream:
         key=keys,
         donate_cache=True,
     )
-
-
-def _padded_prompts(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    width = bucket(max(map(len, batch.prompts)), MIN_PROMPT_LEN)
-    prompts = np.zeros((batch.num_padded, width), np.int32)
-    lens = np.zeros(batch.num_padded, np.int32)
-    for i, tokens in enumerate(batch.prompts):
-        prompts[i, : len(tokens)] = tokens
-        lens[i] = len(tokens)
-    return prompts, lens
 
 
 def _sampler(batch: Batch) -> tuple[Sampler, jax.Array | None]:

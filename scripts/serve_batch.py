@@ -30,9 +30,10 @@ from ._open_model import open_model
 from ._output import result_of
 from ._programs import keep_programs
 from ._serve_options import Options, parse_options, PROGRAM, refuse
-from ._serve_output import draw_pool, Results, write_whole
+from ._serve_output import draw_pool, Results
 from ._serving import Batch, begin, Burst, serve
 from ._text import Codec
+from ._whole_file import write_whole
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ drawing of the loss.
 
 import json
 import math
-import os
 import pathlib
 import signal
 import time
@@ -45,6 +44,7 @@ from ._training import (
     train_step,
     TrainState,
 )
+from ._whole_file import write_whole
 
 
 _REPORT_EVERY = 20
@@ -301,14 +301,12 @@ def _write_checkpoint(
         "do_sample": False,
     }
     text = json.dumps(generation, indent=2) + "\n"
-    _replace(out / "generation_config.json", text)
-    _replace(out / "tokenizer.json", corpus.tokenizer.to_str(pretty=False))
+    _write(out / "generation_config.json", text)
+    _write(out / "tokenizer.json", corpus.tokenizer.to_str(pretty=False))
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _write(path: pathlib.Path, text: str) -> None:
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _draw(losses: list[float], path: pathlib.Path) -> None:

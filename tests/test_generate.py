@@ -83,25 +83,25 @@ class Model(eqx.Module):
         return normed(hidden, jnp) @ self.weights["out"]
 
 
-def recomputed_logits(tokens):
+def recomputed_logits(tokens, sliding_window=None):
     """The logits after the last of some tokens, from nothing but the tokens."""
     w = jax.tree.map(lambda x: np.asarray(x, np.float64), weights())
     x = w["embedding"][list(tokens)] + w["positions"][: len(tokens)]
     for p in w["layers"]:
         h = normed(x, np)
         q, k, v = ((h @ p[n]).reshape(len(h), -1, HEAD_DIM) for n in "qkv")
-        out, _, _ = oracle.attention(q, k, v)
+        out, _, _ = oracle.attention(q, k, v, sliding_window=sliding_window)
         x = x + out.reshape(len(h), -1) @ p["o"]
         x = x + np.maximum(normed(x, np) @ p["up"], 0) @ p["down"]
     return normed(x[-1], np) @ w["out"]
 
 
 @ft.cache
-def continued(tokens, max_new_tokens=MAX_NEW_TOKENS):
+def continued(tokens, max_new_tokens=MAX_NEW_TOKENS, sliding_window=None):
     """The greedy continuation of a tuple of tokens."""
     tokens, new = list(tokens), []
     for _ in range(max_new_tokens):
-        logits = recomputed_logits(tokens)
+        logits = recomputed_logits(tokens, sliding_window)
         best, second = np.sort(logits)[[-1, -2]]
         # Otherwise float32 might rightly choose another token.
         assert best - second > 1e-4

@@ -1,17 +1,16 @@
 """Rows that outgrow the pool, of models whose every layer has a window, against a full
 recompute of each prompt by itself."""
 
-import functools as ft
+import functools
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from . import oracle
+from . import test_generate
 from .helpers import told
-from .test_generate import answers, empty, generate, HEAD_DIM, normed, prompt, weights
+from .test_generate import answers, empty, generate, Model, prompt, weights
 from .test_prompts_in_turn import assert_all_free, poisoned
 
 
@@ -19,36 +18,12 @@ WINDOW, MAX_LEN, MAX_NEW_TOKENS = 10, 192, 140
 TEXTS = tuple(prompt(seed, n) for seed, n in ((1, 20), (2, 3), (5, 17), (9, 19)))
 
 
-def recomputed_logits(tokens):
-    w = jax.tree.map(lambda x: np.asarray(x, np.float64), weights())
-    x = w["embedding"][list(tokens)] + w["positions"][: len(tokens)]
-    for p in w["layers"]:
-        h = normed(x, np)
-        q, k, v = ((h @ p[n]).reshape(len(h), -1, HEAD_DIM) for n in "qkv")
-        out, _, _ = oracle.attention(q, k, v, sliding_window=WINDOW)
-        x = x + out.reshape(len(h), -1) @ p["o"]
-        x = x + np.maximum(normed(x, np) @ p["up"], 0) @ p["down"]
-    return normed(x[-1], np) @ w["out"]
-
-
-@ft.cache
-def continued(tokens, max_new_tokens):
-    tokens, new = list(tokens), []
-    for _ in range(max_new_tokens):
-        logits = recomputed_logits(tokens)
-        best, second = np.sort(logits)[[-1, -2]]
-        # Otherwise float32 might rightly choose another token.
-        assert best - second > 1e-4
-        new.append(int(np.argmax(logits)))
-        tokens.append(new[-1])
-    return tuple(new)
+continued = functools.partial(test_generate.continued, sliding_window=WINDOW)
 
 
 @pytest.fixture(scope="module")
 def model():
     import eqx_paged
-
-    from .test_generate import Model
 
     attention = eqx_paged.PagedAttention(sliding_window=WINDOW)
     return Model(jax.tree.map(jnp.asarray, weights()), attention)

@@ -1,13 +1,15 @@
 """The models that are timed: random weights, in the layout of published checkpoints."""
 
+import functools
 import json
 import math
-import os
 import pathlib
 
 import models
 import numpy as np
 import safetensors.numpy
+
+from .._whole_file import write_whole
 
 
 SEED = 0
@@ -28,6 +30,17 @@ CONFIGS: dict[str, models.DecoderConfig] = {
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
+        **_COMMON,
+    ),
+    # Of the model that lies in `models/tiny`.
+    "embedded": models.DecoderConfig(
+        vocab_size=1685,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
         **_COMMON,
     ),
     "135m": models.DecoderConfig(
@@ -99,10 +112,11 @@ def checkpoint(name: str, folder: pathlib.Path) -> pathlib.Path:
         for tensor, shape in weight_shapes(config).items()
     }
     root.mkdir(parents=True, exist_ok=True)
-    partial = root / "model.safetensors.part"
     # Without this note other programs do not take the file for a model.
-    safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, root / "model.safetensors")
+    write = functools.partial(
+        safetensors.numpy.save_file, tensors, metadata={"format": "pt"}
+    )
+    write_whole(root / "model.safetensors", write)
     # Last, as the sign that the checkpoint is whole.
     (root / "config.json").write_text(_config_json(config))
     return root
