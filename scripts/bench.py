@@ -1,8 +1,9 @@
 """Measures speed on a CPU, beside others: `python -m scripts.bench`.
 
-Four suites: attention over pages, the update of a cache, generation, and start-up. Each
-prints a table, and writes its times as JSON with what they were taken on. Peers run in
-environments of their own, with the same weights, and must make the same tokens.
+Five suites: attention over pages, the update of a cache, generation, more prompts than
+rows, and start-up. Each prints a table, and writes its times as JSON with what they were
+taken on. Peers run in environments of their own, with the same weights, and must make the
+same tokens.
 """
 
 import argparse
@@ -13,18 +14,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from ._command_line import make_directory, Parser, refuse
-from ._suites import attention, environments, generate, publish, startup, update
+from ._suites import (
+    agree,
+    attention,
+    environments,
+    generate,
+    publish,
+    serve,
+    startup,
+    update,
+)
 from ._suites.measure import read_ceiling
 from ._suites.record import describe, ratios_of, Report, Row
 from ._suites.tables import show
 
 
 PROGRAM = "bench"
-SUITES = ("attention", "update", "generate", "startup")
+SUITES = ("attention", "update", "generate", "serve", "startup")
 # By which figures which of our sides are compared with all others.
 COMPARED = {
     "attention": (("gb_per_s",), ("paged",)),
     "generate": (("prefill_tok_s", "decode_tok_s", "tok_s"), ("paged",)),
+    "serve": (("tok_s",), ("in turn",)),
     "startup": (("first_token_s",), startup.OURS),
 }
 MODELS = ("135m", "1b")
@@ -166,6 +177,10 @@ def rows_of(
         return update.run(plans[size])
     if suite == "generate":
         return generate.run(generate.Plan(quick=options.quick, **shared))
+    if suite == "serve":
+        served = ("tiny",) if options.dry_run else ("embedded", *options.models)
+        shared["models"] = tuple(x for x in served if x in serve.MODELS)
+        return serve.run(serve.Plan(quick=options.quick, **shared))
     rounds = {"full": 5, "quick": 1, "tiny": 1}[size]
     return startup.run(startup.Plan(rounds=rounds, **shared))
 
@@ -195,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         for suite in options.suites:
             try:
                 report = run(suite, options, peers, about)
-            except generate.Wrong as error:
+            except agree.Wrong as error:
                 print(f"{PROGRAM}: {error}", file=sys.stderr)
                 raise SystemExit(1) from None
             show(report)

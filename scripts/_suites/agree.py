@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from .process import Process
+
 
 # How far below the largest a logit may be, in standard deviations of the logits, to be
 # called the greedy choice: what rounding does to the logits of a few dozen layers. The
@@ -10,6 +12,27 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 0.2}
 
 # `(tokens, num_prompt_tokens) -> gaps` of the tokens after the prompt.
 Audit = Callable[[list[int], int], list[float]]
+
+
+class Wrong(Exception):
+    """Ours made a token that is not the greedy one."""
+
+
+def auditor(side: Process) -> Audit:
+    """By a side of ours."""
+
+    def audit(tokens: list[int], num_prompt_tokens: int) -> list[float]:
+        found = side.ask("audit", tokens=tokens, num_prompt_tokens=num_prompt_tokens)
+        return found["gaps"]
+
+    return audit
+
+
+def check_greedy(prompt: list[int], tokens: list[int], audit: Audit, dtype: str) -> None:
+    """Raises a `Wrong` if what ours made after `prompt` is not greedy."""
+    gap = max(audit(prompt + tokens, len(prompt)))
+    if gap > ROUNDING[dtype]:
+        raise Wrong(f"paged: a token is {gap:.1e} std off")
 
 
 def first_difference(

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from .agree import Audit, compare, ROUNDING
+from .agree import auditor, check_greedy, compare, Wrong
 from .measure import in_turn
 from .process import Broken, ours, Process
 from .record import memory_bytes, Row
@@ -117,9 +117,9 @@ class Contest:
         asked = {"prefix": prefix, "prompts": prompts, "stops": []}
         asked["max_new_tokens"] = self.workload.max_new_tokens
         whole = [prefix + prompt for prompt in prompts]
-        audit = _auditor(sides["paged"])
+        audit = auditor(sides["paged"])
         ours = sides["paged"].ask("run", **asked)
-        self._check_greedy(whole[0], ours["tokens"][0], audit)
+        check_greedy(whole[0], ours["tokens"][0], audit, self.dtype)
         if self.workload.stops:
             asked["stops"] = chosen_stops(ours["tokens"])
             ours = sides["paged"].ask("run", **asked)
@@ -144,11 +144,6 @@ class Contest:
                 yield self._row(name, reason=f"wrong: {note}")
         sides = {name: sides[name] for name in notes}
         yield from self._timed(sides, asked, ours, notes)
-
-    def _check_greedy(self, prompt: list[int], tokens: list[int], audit: Audit) -> None:
-        gap = max(audit(prompt + tokens, len(prompt)))
-        if gap > ROUNDING[self.dtype]:
-            raise Wrong(f"paged, {self.workload.name}: a token is {gap:.1e} std off")
 
     def _timed(
         self,
@@ -206,18 +201,6 @@ class Contest:
     def _row(self, side: str, **others: Any) -> Row:
         shape = {"model": self.model, "dtype": self.dtype, **self.workload.shape()}
         return Row(f"{self.model} {self.dtype} {self.workload.name}", shape, side, **others)
-
-
-class Wrong(Exception):
-    """Ours made a token that is not the greedy one."""
-
-
-def _auditor(side: Process) -> Audit:
-    def audit(tokens: list[int], num_prompt_tokens: int) -> list[float]:
-        found = side.ask("audit", tokens=tokens, num_prompt_tokens=num_prompt_tokens)
-        return found["gaps"]
-
-    return audit
 
 
 def _seconds(side: Process, request: dict[str, Any]) -> float:

@@ -25,6 +25,9 @@ from .protocol import Memory, serve, timed
 
 PAGE_SIZE = 64
 MAX_STOPS = 8
+# A step that reads prompts reads so many tokens, however few there are, while other rows
+# make one each.
+QUEUE_CHUNK = 64
 
 Cache = PagedKVCache | RaggedKVCache
 Tokens = list[list[int]]
@@ -79,30 +82,64 @@ class Ours(Memory):
         cache = self._empty_cache(prefix, prompts, max_new_tokens)
         if prefix:
             cache = _shared(self._model, cache, prefix, len(prompts))
-        made, cache = _extend(
-            (self._model, *_padded(prompts), _stops(stops)), cache, max_new_tokens
-        )
-        return jax.block_until_ready((made, cache))
+        inputs = self._model, *_padded(prompts), _stops(stops)
+        return jax.block_until_ready(_extend(inputs, cache, max_new_tokens))
 
     def _empty_cache(
         self, prefix: list[int], prompts: Tokens, max_new_tokens: int
     ) -> Cache:
-        config = self._model.config
         lens = [len(prompt) + max_new_tokens for prompt in prompts]
-        shape = {
-            "num_layers": config.num_hidden_layers,
-            "num_kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "num_seqs": len(prompts),
-            "max_len": len(prefix) + max(lens),
-            "dtype": self._model.embed_tokens.weight.dtype,
-        }
+        shape = self._shape(num_seqs=len(prompts), max_len=len(prefix) + max(lens))
         if not isinstance(self._attention, PagedAttention):
             return RaggedKVCache.empty(**shape)
         # The prefix once, then each row's own tokens, the first in a page with its end.
         own = [_num_pages(length + len(prefix) % PAGE_SIZE) for length in lens]
         num_pages = _num_pages(len(prefix)) + sum(own)
         return PagedKVCache.empty(num_pages=num_pages, page_size=PAGE_SIZE, **shape)
+
+    def _shape(self, **sizes: int) -> dict[str, Any]:
+        config = self._model.config
+        return {
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "dtype": self._model.embed_tokens.weight.dtype,
+            **sizes,
+        }
+
+    def serve(
+        self, prompts: Tokens, limits: list[int], num_rows: int, in_turn: bool
+    ) -> dict[str, Any]:
+        """Makes `limits[i]` tokens of prompt `i`, through `num_rows` rows: as rows become
+        free, or batch after batch. As `run`."""
+        run = timed(self._serve)
+        tokens, seconds = run(prompts, limits, num_rows, in_turn)
+        return {"tokens": tokens, "seconds": seconds}
+
+    def _serve(
+        self, prompts: Tokens, limits: list[int], num_rows: int, in_turn: bool
+    ) -> Tokens:
+        size = len(prompts) if in_turn else num_rows
+        padded, lens = _padded(prompts)
+        # The last batch may be smaller; of the others' shape it compiles nothing.
+        missing = -len(prompts) % size
+        padded, lens = np.pad(padded, ((0, missing), (0, 0))), np.pad(lens, (0, missing))
+        kept = np.pad(np.array(limits, np.int32), (0, missing))
+        most = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        shape = self._shape(num_seqs=num_rows, max_len=max(most))
+        tokens = []
+        for i in range(0, len(padded), size):
+            part = slice(i, i + size)
+            cache = PagedKVCache.empty(
+                num_pages=num_rows * _num_pages(max(most)), page_size=PAGE_SIZE, **shape
+            )
+            inputs = self._model, padded[part], lens[part], _stops([])
+            made, _ = _extend(inputs, cache, max(limits), kept[part], QUEUE_CHUNK)
+            if made.result != RESULTS.successful:
+                raise RuntimeError(RESULTS[made.result])
+            rows = zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)
+            tokens += [row[:length].tolist() for row, length in rows]
+        return tokens[: len(prompts)]
 
     def first(self, prompt: list[int]) -> dict[str, float]:
         """The first token as `scripts.generate --stream` makes it, compiling what is not
@@ -146,7 +183,7 @@ def _stops(stops: list[int]) -> np.ndarray:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _extend(inputs, cache, max_new_tokens):
+def _extend(inputs, cache, max_new_tokens, limits=None, prefill_chunk=512):
     model, prompts, prompt_lens, stops = inputs
     return generate(
         model,
@@ -154,7 +191,9 @@ def _extend(inputs, cache, max_new_tokens):
         prompts,
         prompt_lens,
         max_new_tokens=max_new_tokens,
+        limits=limits,
         stop_tokens=stops,
+        prefill_chunk=prefill_chunk,
         throw=False,
     )
 

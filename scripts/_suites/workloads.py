@@ -1,4 +1,4 @@
-"""What is asked of every side of the benchmark of generation."""
+"""What is asked of every side of the benchmarks of generation."""
 
 import dataclasses
 from typing import Any
@@ -48,6 +48,34 @@ class Workload:
         return prefix, prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """More prompts than rows, to continue greedily.
+
+    - `longest_prompt`: of 16 tokens to so many, as many of each order of magnitude.
+    - `longest_answer`: of 4 tokens to so many; most are short, a quarter in the mean.
+    """
+
+    num_prompts: int
+    num_rows: int
+    longest_prompt: int = 256
+    longest_answer: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"{self.num_prompts} through {self.num_rows}"
+
+    def prompts(self, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+        """The prompts, and how many tokens to make of each."""
+        rng = np.random.default_rng(2)
+        bounds = np.log(16), np.log(self.longest_prompt + 1)
+        lens = np.exp(rng.uniform(*bounds, self.num_prompts)).astype(int)
+        limits = rng.exponential(self.longest_answer / 4, self.num_prompts).astype(int)
+        limits = np.clip(limits, 4, self.longest_answer)
+        prompts = [rng.integers(0, vocab_size, length).tolist() for length in lens]
+        return prompts, limits.tolist()
+
+
 WORKLOADS = (
     Workload("1 x 128", (128,)),
     Workload("1 x 1024", (1024,)),
@@ -68,6 +96,10 @@ REHEARSAL = (
     Workload("3 ragged", (9, 2, 5), max_new_tokens=4, stops=True),
     Workload("2 of one prefix", (2,) * 2, prefix_len=9, max_new_tokens=4),
 )
+
+QUEUE = Queue(64, 16)
+QUICK_QUEUE = Queue(24, 8, longest_prompt=128, longest_answer=128)
+SMALL_QUEUE = Queue(5, 2, longest_prompt=17, longest_answer=8)
 
 
 def chosen_stops(tokens: list[list[int]]) -> list[int]:

@@ -123,7 +123,7 @@ def test_a_lost_case_is_told():
 @pytest.mark.parametrize(
     "arguments, says",
     (
-        (("spam",), "'spam' is none of attention, update, generate, startup"),
+        (("spam",), "'spam' is none of attention, update, generate, serve, startup"),
         (("--quick", "--dry-run"), "not allowed with argument"),
         (("--peers", "spam"), "'spam'"),
         (("--models", "3b"), "'3b'"),

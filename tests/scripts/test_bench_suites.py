@@ -205,6 +205,13 @@ class Fake:
         if sys.argv[1] == "wrong":
             tokens[0][-1] = 666
         return {"tokens": tokens, "seconds": 0.5 + max_new_tokens, "cache_bytes": 2**20}
+    def serve(self, prompts, limits, num_rows, in_turn=False):
+        if sys.argv[1] == "broken":
+            raise RuntimeError("there are no eggs")
+        tokens = [list(range(limit)) for limit in limits]
+        if sys.argv[1] == "wrong":
+            tokens[0][-1] = 666
+        return {"tokens": tokens, "seconds": 1.0 if in_turn else 2.0}
 
 serve(Fake())
 """
@@ -256,8 +263,82 @@ def test_a_peer_that_is_wrong_or_broken_is_listed_with_the_reason(plan_of_fakes)
     assert figures["peak_gib"] == 2**-10
 
 
+@pytest.fixture
+def queue_of_fakes(tmp_path, monkeypatch, command_of_fake):
+    """The same for more prompts than rows; theirs are `how` by name."""
+    from scripts._suites import serve
+    from scripts._suites.process import Process
+
+    def plan_of(ours, peers):
+        monkeypatch.setattr(
+            serve, "ours", lambda name, log, _: Process(name, command_of_fake(ours), log)
+        )
+        commands = {x: command_of_fake(how) for x, how in peers.items()}
+        absent = {"transformers dynamic": "it is away", "levanter": "it is away too"}
+        absent = {x: why for x, why in absent.items() if x not in peers}
+        return serve.Plan(("tiny",), True, commands, absent, tmp_path, tmp_path, {})
+
+    return plan_of
+
+
+def test_a_queue_is_served_by_all_sides(queue_of_fakes):
+    from scripts._suites import serve
+    from scripts._suites.workloads import SMALL_QUEUE
+
+    peers = {"transformers continuous": "right", "eqx-zoo": "right"}
+    rows = {row.side: row for row in serve.run(queue_of_fakes("right", peers))}
+    absent = rows.pop("transformers batch after batch")
+    assert absent.reason == "it is away" and not absent.seconds
+    assert list(rows) == ["in turn", "batch after batch", "transformers continuous"]
+    num_new = sum(SMALL_QUEUE.prompts(512)[1])
+    for side, row in rows.items():
+        assert row.figures["tok_s"] == num_new / (1.0 if side == "in turn" else 2.0)
+        assert len(row.seconds["all"]) == 3
+
+
+def test_what_serves_a_queue_wrongly_is_not_timed(queue_of_fakes):
+    from scripts._suites import serve
+
+    peers = {"transformers continuous": "wrong", "transformers dynamic": "broken"}
+    rows = {row.side: row for row in serve.run(queue_of_fakes("right", peers))}
+    assert rows["transformers continuous"].reason.startswith("wrong: row 0 differs from")
+    reason = "it ended with 1: RuntimeError: there are no eggs"
+    assert rows["transformers batch after batch"].reason == reason
+    assert not rows["transformers continuous"].seconds
+
+
+def test_serving_a_queue_wrongly_ourselves_ends_the_run(queue_of_fakes):
+    from scripts._suites import agree, serve
+
+    with pytest.raises(agree.Wrong, match="a token is 1.0e[+]00 std off"):
+        list(serve.run(queue_of_fakes("wrong", {})))
+
+
+def test_a_queue_has_more_prompts_than_rows_and_answers_of_many_lengths():
+    from scripts._suites.workloads import QUEUE
+
+    prompts, limits = QUEUE.prompts(100)
+    lens = [len(prompt) for prompt in prompts]
+    assert len(prompts) == len(limits) == QUEUE.num_prompts > QUEUE.num_rows
+    assert 16 <= min(lens) < 32 and 200 < max(lens) <= QUEUE.longest_prompt
+    assert 4 <= min(limits) < 16 and 128 < max(limits) <= QUEUE.longest_answer
+
+
+def test_a_queue_is_served_alike_in_turn_and_batch_after_batch():
+    from scripts._suites.ours import Ours
+    from scripts._suites.shapes import CONFIGS
+
+    side = Ours.of_random_weights("paged", CONFIGS["tiny"])
+    prompts, limits = [[1, 2, 3], [4], [5, 6]], [3, 1, 2]
+    made = side.serve(prompts, limits, 2, True)["tokens"]
+    assert [len(row) for row in made] == limits
+    assert side.serve(prompts, limits, 2, False)["tokens"] == made
+    for prompt, limit, tokens in zip(prompts, limits, made, strict=True):
+        assert side.run([], [prompt], limit, [])["tokens"] == [tokens]
+
+
 def test_ours_being_wrong_ends_the_run(plan_of_fakes, monkeypatch, command_of_fake):
-    from scripts._suites import generate
+    from scripts._suites import agree, generate
     from scripts._suites.process import Process
 
     def ours(name, log, _):
@@ -265,7 +346,7 @@ def test_ours_being_wrong_ends_the_run(plan_of_fakes, monkeypatch, command_of_fa
         return Process(name, command_of_fake(how), log)
 
     monkeypatch.setattr(generate, "ours", ours)
-    with pytest.raises(generate.Wrong, match="contiguous, 2 x 3: row 0 differs"):
+    with pytest.raises(agree.Wrong, match="contiguous, 2 x 3: row 0 differs"):
         list(generate.run(plan_of_fakes))
 
 

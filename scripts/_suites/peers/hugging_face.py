@@ -40,12 +40,36 @@ class HuggingFace(Memory):
         tokens, seconds = run(prefix, prompts, max_new_tokens, stops)
         return {"tokens": [cut(row, stops) for row in tokens], "seconds": seconds}
 
+    def serve(self, prompts, limits, num_rows):
+        """Continuous batching, within the memory of `num_rows` of the longest rows; or
+        batch after batch."""
+        if self._mode != "continuous":
+            tokens, seconds = self._batches(prompts, limits, num_rows)
+        else:
+            lens = [len(prompt) + x for prompt, x in zip(prompts, limits, strict=True)]
+            num_blocks = num_rows * -(-max(lens) // PAGE_SIZE)
+            with self._manager(max(limits), [], num_blocks) as manager:
+                tokens, seconds = _served(manager, prompts, limits)
+        return {"tokens": tokens, "seconds": seconds}
+
+    @timed
+    def _batches(self, prompts, limits, num_rows):
+        tokens = []
+        for i in range(0, len(prompts), num_rows):
+            part = slice(i, i + num_rows)
+            made = self._greedy([], prompts[part], max(limits[part]), [])
+            tokens += [row[:limit] for row, limit in zip(made, limits[part], strict=True)]
+        return tokens
+
     def first(self, prompt):
         self.run([], [prompt], 1, [])
         return {}
 
     @timed
     def _generate(self, prefix, prompts, max_new_tokens, stops):
+        return self._greedy(prefix, prompts, max_new_tokens, stops)
+
+    def _greedy(self, prefix, prompts, max_new_tokens, stops):
         whole = [prefix + prompt for prompt in prompts]
         longest = max(map(len, whole))
         ids, mask = padded(whole, longest)
@@ -75,9 +99,14 @@ class HuggingFace(Memory):
     def _continuous(self, prefix, prompts, max_new_tokens, stops):
         whole = [prefix + prompt for prompt in prompts]
         lens = [len(prompt) + max_new_tokens for prompt in whole]
-        # A new manager each time, since one that lives on knows the prompts of earlier
-        # runs. It is made, and made ready, before the clock starts.
-        with self._model.continuous_batching_context_manager(
+        num_blocks = sum(-(-length // PAGE_SIZE) + 1 for length in lens)
+        with self._manager(max_new_tokens, stops, num_blocks) as manager:
+            return _served(manager, whole, [max_new_tokens] * len(whole))
+
+    def _manager(self, max_new_tokens, stops, num_blocks):
+        """A new one each time, since one that lives on knows the prompts of earlier runs.
+        It is made, and made ready, before the clock starts."""
+        return self._model.continuous_batching_context_manager(
             generation_config=transformers.GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
@@ -87,17 +116,19 @@ class HuggingFace(Memory):
             # Otherwise the cache takes a share of all memory.
             continuous_batching_config=transformers.ContinuousBatchingConfig(
                 page_size=PAGE_SIZE,
-                num_blocks=sum(-(-length // PAGE_SIZE) + 1 for length in lens),
+                num_blocks=num_blocks,
                 max_batch_tokens=MAX_BATCH_TOKENS,
             ),
-        ) as manager:
-            return _served(manager, whole, max_new_tokens)
+        )
 
 
 @timed
-def _served(manager, prompts, max_new_tokens):
+def _served(manager, prompts, limits):
     made = {}
-    names = manager.add_requests(prompts, max_new_tokens=max_new_tokens)
+    names = [
+        manager.add_request(prompt, max_new_tokens=limit)
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
     while len(made) < len(prompts):
         result = manager.get_result(timeout=1)
         if result is None and not manager.is_running():
