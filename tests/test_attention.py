@@ -304,7 +304,11 @@ def turned(heads, positions):
 
 
 @pytest.mark.parametrize(
-    "name, with_positions", [*((name, False) for name in SHAPES), ("larger qk", True)]
+    "name, with_positions",
+    [
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in SHAPES),
+        ("larger qk", True),
+    ],
 )
 def test_equinox_layers_give_the_same_numbers(getkey, name, with_positions):
     import eqx_paged

@@ -26,7 +26,19 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", list(filter(is_runnable, PAGES)), ids=name_of)
+def takes_long(page):
+    """Whether it compiles generation several times."""
+    return name_of(page).startswith(("docs/examples/", "docs/sampling.md"))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if takes_long(page) else page
+        for page in filter(is_runnable, PAGES)
+    ],
+    ids=name_of,
+)
 def test_the_code_of_a_page_prints_what_the_page_says(page):
     """The python blocks of a page are one program; a text block right after one of them
     is what it prints."""

@@ -191,7 +191,11 @@ def test_the_models_answers_depend_on_their_context():
 
 
 # One token, a page, several rows in a chunk, and more than there are tokens.
-@pytest.mark.parametrize("prefill_chunk", (1, 8, 16, 500))
+@pytest.mark.parametrize(
+    "prefill_chunk",
+    (pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(16, marks=pytest.mark.slow))
+    + (500,),
+)
 def test_generation_equals_full_recompute(model, prefill_chunk):
     generation, cache = generate(model, empty(), PROMPTS, prefill_chunk=prefill_chunk)
     assert told(generation.result) == "successful"
@@ -562,8 +566,13 @@ def test_the_model_is_traced_once_a_kind_of_step(model):
 
 @pytest.mark.parametrize(
     "max_prompt_len, max_new_tokens, kind",
-    ((MAX_PROMPT_LEN, 0, "mixed"), (MAX_PROMPT_LEN, 1, "mixed"), (1, 0, "mixed"))
-    + ((1, 1, "decode"), (1, 5, "decode")),
+    (
+        (MAX_PROMPT_LEN, 1, "mixed"),
+        (1, 5, "decode"),
+        pytest.param(MAX_PROMPT_LEN, 0, "mixed", marks=pytest.mark.slow),
+        pytest.param(1, 0, "mixed", marks=pytest.mark.slow),
+        pytest.param(1, 1, "decode", marks=pytest.mark.slow),
+    ),
 )
 def test_a_loop_that_never_turns_is_not_compiled(
     model, max_prompt_len, max_new_tokens, kind

@@ -134,7 +134,10 @@ def test_generation_with_a_donated_cache_copies_no_layer(dtype):
     assert_in_place(compiled, cache)
 
 
-@pytest.mark.parametrize("drafts", (None, "looked up", "by a model"))
+@pytest.mark.parametrize(
+    "drafts",
+    (None, *(pytest.param(x, marks=pytest.mark.slow) for x in ("looked up", "by a model"))),
+)
 def test_a_burst_of_a_stream_copies_no_layer(drafts):
     import eqx_paged
 

@@ -52,6 +52,7 @@ def serve(model, index, cache, prompts):  # noqa: F811
     return answers(made), lens.tolist(), index, cache.free(EVERYTHING)
 
 
+@pytest.mark.slow
 def test_prompts_are_continued_as_without_the_index(model):  # noqa: F811
     first, second = prompt(2, 20), prompt(61, 8)
     batches = (

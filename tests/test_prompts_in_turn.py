@@ -72,7 +72,16 @@ def assert_all_free(cache):
 
 
 # Room for all; rows that wait for pages; and so few that rows are put back.
-@pytest.mark.parametrize("num_seqs, num_pages", ((4, 32), (4, 9), (3, 5), (2, 4), (1, 4)))
+@pytest.mark.parametrize(
+    "num_seqs, num_pages",
+    (
+        (4, 32),
+        pytest.param(4, 9, marks=pytest.mark.slow),
+        pytest.param(3, 5, marks=pytest.mark.slow),
+        (2, 4),
+        pytest.param(1, 4, marks=pytest.mark.slow),
+    ),
+)
 def test_each_prompt_is_continued_as_by_itself(model, num_seqs, num_pages):  # noqa: F811
     cache = poisoned(empty(num_seqs=num_seqs, num_pages=num_pages))
     generation, cache = generate(model, cache, PROMPTS)

@@ -183,6 +183,7 @@ def test_what_is_drawn_is_drawn_without_a_draft(in_turn):
     assert int(drafted.accepted.sum()) > 0.6 * int(drafted.proposed.sum())
 
 
+@pytest.mark.slow
 def test_a_stream_with_a_draft_gives_the_same_tokens(model):  # noqa: F811
     import eqx_paged
 

@@ -523,7 +523,14 @@ MACHINES = (PageTableMachine, CacheMachine, BFloat16CacheMachine)
 every_machine = pytest.mark.parametrize("machine", MACHINES)
 
 
-@every_machine
+@pytest.mark.parametrize(
+    "machine",
+    (
+        PageTableMachine,
+        CacheMachine,
+        pytest.param(BFloat16CacheMachine, marks=pytest.mark.slow),
+    ),
+)
 def test_random_operations_agree_with_the_model(machine):
     run_state_machine_as_test(machine, settings=settings(12, 40, derandomize=True))
 

@@ -82,6 +82,7 @@ def test_lengths_at_the_edges_of_pages_and_blocks(getkey, page_size, storage):
 
 
 # Rows of some blocks, so that there are none, one and several steady ones, in either slot.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sliding_window", (None, pytest.param(300, marks=pytest.mark.slow))
 )
@@ -99,6 +100,7 @@ def test_runs_of_whole_blocks(getkey, sliding_window):
     check(case, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_heads, num_kv_heads, head_dim, page_size, storage",
     (
@@ -170,6 +172,7 @@ def test_windows_at_the_edges_of_pages_and_blocks(getkey, sliding_window):
     check(case, sliding_window=sliding_window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     (
@@ -194,6 +197,7 @@ def test_contexts_of_thousands_of_tokens_by_the_chosen_plan(getkey):
     check(case, config=None)
 
 
+@pytest.mark.slow
 def test_eight_bits_a_number(getkey):
     import eqx_paged
 
@@ -228,6 +232,7 @@ def of_eight_bits(case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "generation, heads, head_dim, storage, options",
     (

@@ -217,6 +217,7 @@ def test_ways_to_share_out_the_work(getkey, mode):
     check_all(cases, config=shared)
 
 
+@pytest.mark.slow
 def test_a_core_without_items_stays_within_the_arrays(getkey):
     # Of a TPU v4, as by default. InterpretParams, unlike True, keeps to its blocks.
     import eqx_paged
@@ -276,6 +277,7 @@ def test_eight_bits_a_number(getkey):
 ONE_HEAD = dict(num_heads=2, num_kv_heads=1, head_dim=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kv_lens, q_lens, sliding_window, pages, tables",
     (

@@ -67,7 +67,10 @@ def test_held_out_additions(examinee):
 
 @pytest.mark.parametrize(
     "num_records",
-    (pytest.param(10, marks=pytest.mark.slow), 25, 100, 200),
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (10, 25, 100)),
+        200,
+    ],
 )
 def test_held_out_lookups_of_every_record(examinee, num_records):
     contexts = [records(seed, num_records) for seed in (7, 8)]
@@ -90,6 +93,7 @@ def full_cache(examinee, full_context):
     return cache
 
 
+@pytest.mark.slow
 def test_held_out_lookups_of_every_record_of_a_full_context(
     examinee, full_context, full_cache
 ):
@@ -140,6 +144,7 @@ def test_the_order_of_full_pages_does_not_matter(examinee, full_context, full_ca
     assert examinee.answers(shuffled, asked) == examinee.answers(forked, asked)
 
 
+@pytest.mark.slow
 def test_bfloat16_throughout_answers_as_well():
     examinee = Examinee.load()
     assert {x.dtype for x in jax.tree.leaves(examinee.decoder)} == {jnp.dtype(jnp.bfloat16)}

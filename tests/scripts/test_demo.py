@@ -29,6 +29,7 @@ def test_it_shows_speeds_and_pages(shown):
     assert "*" in text.split("free)")[1], "shared pages are drawn as stars"
 
 
+@pytest.mark.slow
 def test_rows_that_ask_about_a_text_share_its_pages():
     import models
     import numpy as np

@@ -105,6 +105,7 @@ def greedy_tokens(model_dir):
     return _greedy_tokens
 
 
+@pytest.mark.slow
 def test_each_prompt_is_continued_as_by_full_recomputation(report, greedy_tokens):
     results = report(*prompts(*PROMPTS))["results"]
     for prompt, result in zip(PROMPTS, results):
@@ -259,6 +260,7 @@ def test_other_prompts_of_about_that_size_compile_nothing(generate):
     assert compiled == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_dtype_is_that_of_weights_and_cache(report, dtype):
     made = report(*prompts("hello"), "--dtype", dtype)

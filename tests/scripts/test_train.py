@@ -43,6 +43,7 @@ def losses_told(text):
     return [float(loss) for loss in re.findall(r"loss ([\d.]+)", text)]
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_checkpoint_and_a_drawing(tmp_path, capsys):
     out = tmp_path / "new" / "model"
     run(out, "--steps", 40)
@@ -98,6 +99,7 @@ def test_the_learnt_text_must_not_change(tmp_path, monkeypatch, capsys):
     run(tmp_path, "--text", moved, *options[2:], "--resume")
 
 
+@pytest.mark.slow
 def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_at(1, patch)
@@ -121,6 +123,7 @@ def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch, capsys):
         assert "is of another version" in told
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_refused(tmp_path, monkeypatch, capsys):
     options = ("--steps", 4, "--save-every", 2)
     with monkeypatch.context() as patch:
@@ -149,6 +152,7 @@ def test_a_damaged_state_is_refused(tmp_path, monkeypatch, capsys):
         assert "is not what an interrupted run leaves" in told
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
     run(tmp_path / "whole", "--steps", 9)
     parts = tmp_path / "parts"
