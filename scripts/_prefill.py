@@ -37,13 +37,7 @@ class Prefill:
         window = self.model.config.window
         kinds = [window(i) for i in range(len(self.model.layers))]
         # Up to the first layer of the last kind.
-        num_layers = 1 + max(map(kinds.index, set(kinds)))
-        few = self.model.layers[:num_layers]
-        model = eqx.tree_at(lambda decoder: decoder.layers, self.model, few)
-        part = dataclasses.replace(cache, layers=cache.layers[:num_layers])
-        _, part = dataclasses.replace(self, model=model)._step([], part)
-        layers = (*part.layers, *cache.layers[num_layers:])
-        return dataclasses.replace(part, layers=layers)
+        return self._step([], cache, 1 + max(map(kinds.index, set(kinds))))[1]
 
     def first_tokens(
         self, unread: Sequence[Sequence[int]], cache: PagedKVCache
@@ -70,9 +64,13 @@ class Prefill:
         return first, cache
 
     def _step(
-        self, taken: Sequence[Sequence[int]], cache: PagedKVCache
+        self,
+        taken: Sequence[Sequence[int]],
+        cache: PagedKVCache,
+        num_layers: int | None = None,
     ) -> tuple[list[int], PagedKVCache]:
-        """The token that follows in each row after some more were read."""
+        """The token that follows in each row after some more were read, by the first
+        layers alone if so many are given."""
         q_lens = np.zeros(cache.num_seqs, np.int32)
         q_lens[: len(taken)] = list(map(len, taken))
         tokens = np.zeros(self.num_tokens, np.int32)
@@ -80,10 +78,13 @@ class Prefill:
         cache, batch, result = _append((jnp.asarray(q_lens), self.num_tokens), cache)
         if result != RESULTS.successful:
             raise RuntimeError(RESULTS[result])
-        hidden, read = self.model.by_layers(jnp.asarray(tokens), cache, batch)
-        assert isinstance(read, PagedKVCache), "a decoder returns the kind it was given"
+        model = eqx.tree_at(lambda x: x.layers, self.model, self.model.layers[:num_layers])
+        part = dataclasses.replace(cache, layers=cache.layers[:num_layers])
+        hidden, part = model.by_layers(jnp.asarray(tokens), part, batch)
+        others = () if num_layers is None else cache.layers[num_layers:]
+        cache = dataclasses.replace(cache, layers=(*part.layers, *others))
         made = _chosen(self.model, hidden[batch.last_tokens], self.sampler, self.key)
-        return np.asarray(made).tolist(), read
+        return np.asarray(made).tolist(), cache
 
 
 def _shared_out(
