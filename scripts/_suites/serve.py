@@ -13,7 +13,7 @@ from .measure import in_turn
 from .process import Broken, ours, Process
 from .record import Row
 from .shapes import checkpoint, CONFIGS
-from .workloads import QUEUE, Queue, QUICK_QUEUE, SMALL_QUEUE
+from .workloads import QUEUE, Queue, SHORT_QUEUE, SMALL_QUEUE
 
 
 # By name, what each asks of one process of ours.
@@ -47,7 +47,7 @@ class Plan:
     def queue(self, model: str) -> Queue:
         if model == "tiny":
             return SMALL_QUEUE
-        return QUICK_QUEUE if self.quick else QUEUE
+        return QUEUE if model == "embedded" and not self.quick else SHORT_QUEUE
 
 
 def run(plan: Plan) -> Iterator[Row]:

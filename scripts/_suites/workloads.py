@@ -97,8 +97,8 @@ REHEARSAL = (
     Workload("2 of one prefix", (2,) * 2, prefix_len=9, max_new_tokens=4),
 )
 
-QUEUE = Queue(64, 16)
-QUICK_QUEUE = Queue(24, 8, longest_prompt=128, longest_answer=128)
+QUEUE = Queue(128, 16)
+SHORT_QUEUE = Queue(32, 8)
 SMALL_QUEUE = Queue(5, 2, longest_prompt=17, longest_answer=8)
 
 
