@@ -49,7 +49,10 @@ def joined(items):
 
 
 # All in rows; and in turn, with so few pages that rows are put back.
-@pytest.mark.parametrize("num_seqs, num_pages", ((8, 24), (3, 5)))
+@pytest.mark.parametrize(
+    "num_seqs, num_pages",
+    (pytest.param(8, 24, marks=pytest.mark.slow), (3, 5)),
+)
 def test_the_tokens_are_those_of_one_call(by_index, num_seqs, num_pages):  # noqa: F811
     cache = empty(num_seqs, num_pages)
     before = copied(cache)

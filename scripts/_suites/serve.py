@@ -18,11 +18,8 @@ from .workloads import QUEUE, Queue, SHORT_QUEUE, SMALL_QUEUE
 
 # By name, what each asks of one process of ours.
 OURS = {"in turn": {"in_turn": True}, "batch after batch": {"in_turn": False}}
-# By name among the peers, what is theirs here.
-PEERS = {
-    "transformers continuous": "transformers continuous",
-    "transformers dynamic": "transformers batch after batch",
-}
+# Of the peers, what serves a queue by itself.
+PEERS = ("transformers continuous",)
 # Larger ones take too long: thousands of tokens a run.
 MODELS = ("tiny", "embedded", "135m")
 DTYPE = "float32"
@@ -72,7 +69,7 @@ def _timed_together(plan: Plan, model: str, stack: contextlib.ExitStack) -> Iter
         found = row(name, seconds={"all": seconds}, note=notes[name])
         found.figures["tok_s"] = sum(limits) / found.median("all")
         yield found
-    absent = {PEERS[x]: reason for x, reason in plan.absent.items() if x in PEERS}
+    absent = {x: reason for x, reason in plan.absent.items() if x in PEERS}
     for name, reason in {**absent, **reasons}.items():
         yield row(name, reason=reason)
 
@@ -85,7 +82,7 @@ def _processes(plan: Plan, model: str) -> dict[str, Process]:
     peers = [x for x in plan.peers if x in PEERS]
     return {
         **{name: ours("paged", log(name), kept) for name in OURS},
-        **{PEERS[x]: Process(x, plan.peers[x], log(PEERS[x])) for x in peers},
+        **{x: Process(x, plan.peers[x], log(x)) for x in peers},
     }
 
 

@@ -161,14 +161,8 @@ def test_shapes_of_heads_and_pages(getkey, num_heads, num_kv_heads, page_size):
     check(case)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "everything" else pytest.param(name, marks=pytest.mark.slow)
-        for name in OPTIONS
-        if name != "plain"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
 def test_options(getkey, name):
     options = OPTIONS[name](4, 2)
     case = paged_case(

@@ -102,7 +102,7 @@ def slow_if(is_slow):
 
 
 # What sets these apart is in no part that pages have to do with.
-ALIKE = ("llama_biases", "smollm")
+ALIKE = ("llama_biases", "smollm", "qwen2", "phi3", "olmo2")
 # What sets these apart is in attention, of which dense has its own.
 APART = ("gemma2", "gpt_oss")
 

@@ -75,6 +75,7 @@ def interrupt_at(step, monkeypatch):
     monkeypatch.setattr(corpora.TaskCorpus, "batch", interrupted)
 
 
+@pytest.mark.slow
 def test_the_learnt_text_must_not_change(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a b c d e f g h\n" * 50)

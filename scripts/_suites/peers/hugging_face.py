@@ -41,25 +41,12 @@ class HuggingFace(Memory):
         return {"tokens": [cut(row, stops) for row in tokens], "seconds": seconds}
 
     def serve(self, prompts, limits, num_rows):
-        """Continuous batching, within the memory of `num_rows` of the longest rows; or
-        batch after batch."""
-        if self._mode != "continuous":
-            tokens, seconds = self._batches(prompts, limits, num_rows)
-        else:
-            lens = [len(prompt) + x for prompt, x in zip(prompts, limits, strict=True)]
-            num_blocks = num_rows * -(-max(lens) // PAGE_SIZE)
-            with self._manager(max(limits), [], num_blocks) as manager:
-                tokens, seconds = _served(manager, prompts, limits)
+        """By continuous batching, in the memory of `num_rows` of the longest rows."""
+        lens = [len(prompt) + x for prompt, x in zip(prompts, limits, strict=True)]
+        num_blocks = num_rows * -(-max(lens) // PAGE_SIZE)
+        with self._manager(max(limits), [], num_blocks) as manager:
+            tokens, seconds = _served(manager, prompts, limits)
         return {"tokens": tokens, "seconds": seconds}
-
-    @timed
-    def _batches(self, prompts, limits, num_rows):
-        tokens = []
-        for i in range(0, len(prompts), num_rows):
-            part = slice(i, i + num_rows)
-            made = self._greedy([], prompts[part], max(limits[part]), [])
-            tokens += [row[:limit] for row, limit in zip(made, limits[part], strict=True)]
-        return tokens
 
     def first(self, prompt):
         self.run([], [prompt], 1, [])
@@ -67,9 +54,6 @@ class HuggingFace(Memory):
 
     @timed
     def _generate(self, prefix, prompts, max_new_tokens, stops):
-        return self._greedy(prefix, prompts, max_new_tokens, stops)
-
-    def _greedy(self, prefix, prompts, max_new_tokens, stops):
         whole = [prefix + prompt for prompt in prompts]
         longest = max(map(len, whole))
         ids, mask = padded(whole, longest)
