@@ -32,9 +32,10 @@ def rewrite(page: pathlib.Path, reports: Sequence[Report]) -> None:
     """Replaces what stands between `<!-- SUITE -->` and `<!-- end -->`."""
     text = page.read_text(encoding="utf-8")
     for report in reports:
-        begin = f"<!-- {report.suite} -->\n"
-        pattern = re.compile(f"(?<={re.escape(begin)}).*?(?=<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda _, x=report: f"\n{content(x)}\n", text)
+        begin, end = f"<!-- {report.suite} -->\n", "<!-- end -->"
+        place = re.compile(f"{re.escape(begin)}.*?{end}", re.DOTALL)
+        filled = f"{begin}\n{content(report)}\n{end}"
+        text, count = place.subn(lambda _, filled=filled: filled, text)
         if count != 1:
             raise ValueError(f"{page}: {begin.strip()} is there {count} times, not once")
     page.write_text(text, encoding="utf-8")

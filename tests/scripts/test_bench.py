@@ -85,10 +85,11 @@ def test_a_page_gets_the_tables_in_their_places(rehearsed, tmp_path):
     from scripts._suites import publish
 
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- attention -->\nold\n<!-- end -->\nb\n<!-- end -->\n")
     _, (attention, update) = rehearsed
-    for _ in range(2):
-        publish.rewrite(page, [attention])
+    for old in ("old\n", ""):
+        page.write_text(f"a\n<!-- attention -->\n{old}<!-- end -->\nb\n<!-- end -->\n")
+        for _ in range(2):
+            publish.rewrite(page, [attention])
     text = page.read_text()
     assert text.startswith("a\n<!-- attention -->\n\nTaken on: date ")
     assert text.endswith("<!-- end -->\nb\n<!-- end -->\n") and "old" not in text
