@@ -40,7 +40,8 @@ class DraftModel(eqx.Module):
         """**Arguments:**
 
         - `model`: any PyTree that is such a model.
-        - `cache`: its own. After a run, `Generation.drafted.cache` is the one to go on with.
+        - `cache`: its own. After a run, the one to go on with is
+            `Generation.drafted.cache`.
         - `num_tokens`: how many tokens to propose at a time.
 
         **Raises:**

@@ -32,9 +32,7 @@ def check_prompts(prompts, prompt_lens, names=("prompts", "prompt_lens")):
     if num_prompts < 1:
         raise ValueError(f"{names[0]} must have a row a prompt, but num_prompts is 0.")
     if max_prompt_len < 1:
-        raise ValueError(
-            f"{names[0]} must have room for a token, but max_prompt_len is 0."
-        )
+        raise ValueError(f"{names[0]} must have room for a token, but max_prompt_len is 0.")
     for name, array in named:
         _check_int32(name, array)
 

@@ -66,8 +66,8 @@ def pages_to_read(table, q_lens, most=None, of_step=0):
 
 
 def num_copies(table, q_lens):
-    """How many pages each row copies before it writes to them: one that it shares, but where
-    all who share it write, one of them keeps it."""
+    """How many pages each row copies before it writes: the one it writes to, if it shares
+    it. Where all who share one write, the last of them keeps it."""
     xp = _namespace(q_lens)
     writes = (q_lens > 0) & (table.kv_lens % table.page_size > 0)
     rows = xp.arange(table.num_seqs, dtype=np.int32)

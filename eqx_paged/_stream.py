@@ -78,9 +78,8 @@ class Stream(Iterator[dict[int, list[int]]]):
         **Raises:**
 
         `StopIteration` if all prompts are finished. `RuntimeError` if the run failed, after
-        which [`eqx_paged.Stream.finish`][] returns what was made until then. `ValueError` if
-        the last burst was interrupted: what it made is lost, and there is nothing to go on
-        from.
+        which [`eqx_paged.Stream.finish`][] returns what was made until then. `ValueError`
+        if the last burst was interrupted, after which there is nothing to go on from.
         """
         if np.all(self.finished):
             raise StopIteration
