@@ -76,8 +76,8 @@ def generate(
     keys, what stops them and the sampler's parameters are data; a program is compiled for
     each `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, `window`, shape of
     `stop_tokens` and `stop_sequences`, kind of sampler, kind and sizes of `draft`,
-    `log_probs`, and kind and sizes of the cache, with and without limits, with one key, many
-    or none, and for each number of prompts beyond the cache's rows.
+    `log_probs`, and kind and sizes of the cache, with and without limits, with one key,
+    many or none, and for each number of prompts beyond the cache's rows.
 
     With at most as many prompts as rows, prompt `i` extends row `i`, whatever the row
     holds: a second turn of a conversation gives its own text only, which begins with the
@@ -120,10 +120,11 @@ def generate(
         sampler draws, too. `Generation.drafted` tells how many were accepted.
     - `window`: the most tokens that any layer sees, the query's own included, if all have a
         sliding window. Pages of a paged cache that all layers have left behind are then
-        freed on the way, so that a row needs pages for `window + prefill_chunk` tokens and
-        one more at most, however long it becomes. Prompts in turn are refused where the
-        pool has not as many, or, if that is less, those of the longest prompt and what may
-        be made of it. The cache of a `DraftModel` drops none.
+        freed on the way, so that a row needs pages for `window + prefill_chunk` tokens
+        (or `window` and one a row of the cache, if that is more), and one page more, at
+        most, however long it becomes. Prompts in turn are refused where fewer are free than
+        that, and than a prompt with what may be made of it needs. The cache of a
+        `DraftModel` drops none.
     - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
         all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.
