@@ -7,6 +7,7 @@ attention to the same time on a small and on a large cache.
 """
 
 import functools
+import pathlib
 
 import numpy as np
 import pytest
@@ -93,8 +94,8 @@ def test_looking_up_what_a_text_repeats_beats_a_step_a_token():
     import eqx_paged
     import models
 
-    model = models.load_checkpoint("models/tiny")
-    tokenizer = models.load_tokenizer("models/tiny")
+    folder = pathlib.Path(models.__file__).parent / "tiny"
+    model, tokenizer = models.load_checkpoint(folder), models.load_tokenizer(folder)
     records = models.tasks.records(np.random.default_rng(0), 40)
     prompt = tokenizer.encode(records.text + records.lookup(5).prompt).ids
     cache = eqx_paged.PagedKVCache.empty(
