@@ -153,24 +153,51 @@ class Decoder(eqx.Module):
 
         One vector a token, for `unembed`, and the cache with this step's entries.
         """
+        return self._read(tokens, cache, batch, _read_layer)
+
+    def by_layers(
+        self,
+        tokens: Int32[Array, " num_tokens"],
+        cache: PagedKVCache | RaggedKVCache,
+        batch: RaggedBatch,
+    ) -> tuple[Float[Array, "num_tokens hidden_size"], PagedKVCache | RaggedKVCache]:
+        """Does what a call does, outside of `jit` and layer by layer: a program for each
+        kind of layer is compiled in a small part of the time that one for all would take.
+
+        **Arguments:**
+
+        - `tokens`, `batch`: as for a call.
+        - `cache`: as for a call; its pages are used up.
+
+        **Returns:**
+
+        As a call, and the same within rounding.
+        """
+        return self._read(tokens, cache, batch, _read_layer_alone)
+
+    def _read(
+        self,
+        tokens: Int32[Array, " num_tokens"],
+        cache: PagedKVCache | RaggedKVCache,
+        batch: RaggedBatch,
+        read_layer: Callable[..., Any],
+    ) -> tuple[Float[Array, "num_tokens hidden_size"], PagedKVCache | RaggedKVCache]:
         if len(cache.layers) != len(self.layers):
             raise ValueError(
                 f"the cache has {len(cache.layers)} layers, the decoder {len(self.layers)}"
             )
-        x = self._embed(tokens)
-        rotaries = self._rotaries(batch.positions, cache.max_len)
+        x, rotaries = _enter(self._without_layers, tokens, batch.positions, cache.max_len)
         stored = []
         for i, (layer, pages) in enumerate(zip(self.layers, cache.layers, strict=True)):
             attention = dataclasses.replace(self.attention, **self._options(i))
-
-            def attend(
-                q: Array, k: Array, v: Array, attend: Any = attention, pages: Any = pages
-            ):
-                return attend(q, k, v, pages, batch)
-
-            x, pages = layer(x, rotaries[i], attend)
+            rotary = rotaries[self._is_local(i)]
+            x, pages = read_layer((layer, x, rotary, attention, batch), pages)
             stored.append(pages)
-        return self.norm(x), dataclasses.replace(cache, layers=tuple(stored))
+        return _leave(self.norm, x), dataclasses.replace(cache, layers=tuple(stored))
+
+    @property
+    def _without_layers(self) -> "Decoder":
+        return eqx.tree_at(lambda decoder: decoder.layers, self, ())
 
     def dense(
         self, tokens: Int32[Array, "batch length"]
@@ -189,8 +216,7 @@ class Decoder(eqx.Module):
         """
         batch, length = tokens.shape
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
-        rotaries = self._rotaries(positions, length)
-        x = self._embed(tokens.reshape(-1))
+        x, rotaries = _enter(self._without_layers, tokens.reshape(-1), positions, length)
         for i, layer in enumerate(self.layers):
             options = self._options(i)
 
@@ -199,7 +225,7 @@ class Decoder(eqx.Module):
                 out = causal_attention(q, k, v, **options)
                 return out.reshape(batch * length, *out.shape[2:]), None
 
-            x, _ = layer(x, rotaries[i], attend)
+            x, _ = layer(x, rotaries[self._is_local(i)], attend)
         return self.norm(x).reshape(batch, length, -1)
 
     def unembed(
@@ -233,19 +259,18 @@ class Decoder(eqx.Module):
 
     def _rotaries(
         self, positions: Int32[Array, " num_tokens"], max_len: int
-    ) -> list[Rotary]:
-        """The angles for each layer; equal ones are computed once."""
-        config = self.config
-        has_own = config.rope_local_base_freq is not None
-        local = [
-            has_own and config.window(layer) is not None
-            for layer in range(config.num_hidden_layers)
-        ]
-        by_kind = {
-            kind: Rotary.at(positions, config, max_len=max_len, local=kind)
-            for kind in set(local)
+    ) -> dict[bool, Rotary]:
+        """The angles for layers that are local, and for those that are not."""
+        kinds = {self._is_local(layer) for layer in range(self.config.num_hidden_layers)}
+        return {
+            kind: Rotary.at(positions, self.config, max_len=max_len, local=kind)
+            for kind in kinds
         }
-        return [by_kind[kind] for kind in local]
+
+    def _is_local(self, layer: int) -> bool:
+        """Whether a layer has angles of layers with a window."""
+        has_own = self.config.rope_local_base_freq is not None
+        return has_own and self.config.window(layer) is not None
 
     def _options(self, layer: int) -> dict[str, Any]:
         """How a layer attends, as `eqx_paged.PagedAttention` takes it."""
@@ -257,6 +282,24 @@ class Decoder(eqx.Module):
             "soft_cap": config.attn_logit_softcapping,
             "sliding_window": config.window(layer),
         }
+
+
+@eqx.filter_jit
+def _enter(decoder, tokens, positions, max_len):
+    return decoder._embed(tokens), decoder._rotaries(positions, max_len)
+
+
+def _read_layer(operands, pages):
+    layer, x, rotary, attention, batch = operands
+    return layer(x, rotary, lambda q, k, v: attention(q, k, v, pages, batch))
+
+
+_read_layer_alone = eqx.filter_jit(_read_layer, donate="all-except-first")
+
+
+@eqx.filter_jit
+def _leave(norm, x):
+    return norm(x)
 
 
 def _normed(

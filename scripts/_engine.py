@@ -1,9 +1,9 @@
 """Runs ragged prompts through a model and a paged cache that is sized to them.
 
-A run is one prefill and then a stream of bursts of decode steps; between bursts the host
-sees the tokens, and ends prompts whose text is complete. Every shape is rounded up to a
-bucket, so that jobs of about the same size share their programs, and each program is
-compiled before its clock starts.
+A run is one prefill, which makes the first tokens, and then a stream of bursts of decode
+steps; between bursts the host sees the tokens, and ends prompts whose text is complete.
+Every shape is rounded up to a bucket, so that jobs of about the same size share their
+programs, and each program is compiled before its clock starts.
 """
 
 import dataclasses
@@ -20,16 +20,18 @@ import numpy as np
 from eqx_paged import (
     generate,
     Generation,
-    greedy,
     PagedKVCache,
+    RaggedKVCache,
     RESULTS,
     Sampler,
+    samplers,
     Stream,
     stream,
 )
 from jaxtyping import Array, Int32
 
 from ._held import Held, shortened
+from ._prefill import Prefill
 
 
 MAX_PREFILL_CHUNK = 512
@@ -39,6 +41,9 @@ MIN_LEN = 128
 MIN_PAGES = 16
 MIN_STOPS = 8
 MIN_NEW_TOKENS = 64
+
+# As a chain it takes a key a row, as those that draw do.
+GREEDY = samplers.chain(samplers.greedy)
 
 # Looks at a prompt's new tokens; None lets it go on, a number ends it and says how many of
 # them to keep.
@@ -194,7 +199,7 @@ class Job:
     burst: int = 8
     stop_tokens: tuple[int, ...] = ()
     keep: Keep = lambda *_: None
-    sampler: Sampler = greedy
+    sampler: Sampler = GREEDY
     seed: int = 0
 
     def room(self, prompt: Sequence[int]) -> int:
@@ -224,7 +229,8 @@ class Progress:
     - `finished`: whether each is complete.
     - `cached`: how many of each prompt's tokens the cache held before the run.
     - `prefill`, `decode`: the speeds.
-    - `peak_bytes`: as from `Program.compile`, the most of all programs.
+    - `peak_bytes`: the most bytes that were in use at one time, as far as XLA reports: of
+        the weights and the cache alone until there is a burst.
     - `left`: once the run is complete, the cache and what it holds.
     """
 
@@ -295,73 +301,102 @@ def run(model: models.Decoder, job: Job, held: Held | None = None) -> Iterator[P
 
     **Returns:**
 
-    Where the run stands after each burst. The cache of the last one holds exactly the
-    prompts and the tokens kept, but for the last of each row.
+    Where the run stands with the first token of each prompt, and after each burst. The
+    cache of the last one holds exactly the prompts and the tokens kept, but for the last
+    of each row.
     """
-    # A prompt's last token is the first that the stream reads.
+    # At least a prompt's last token is read, since the next one follows from it.
     known = [prompt[:-1] for prompt in job.prompts]
     held = nothing_held(model, job) if held is None else held.rewind(known)
     cached = tuple(map(len, held.rows))
-    unread = [tokens[count:] for tokens, count in zip(known, cached, strict=True)]
-    cache, prefill_clock, prefill_peak = _read(model, unread, held.cache)
-    bursts = _bursts(model, job, cache)
-    peak_bytes = max(prefill_peak, bytes_of(bursts.compile()))
-
-    rows, seconds = [Row(prompt, job.room(prompt)) for prompt in job.prompts], 0.0
+    unread = [tokens[n:] for tokens, n in zip(job.prompts, cached, strict=True)]
+    first, cache, prefill = _read(model, job, unread, held.cache)
+    rows = [Row(prompt, job.room(prompt)) for prompt in job.prompts]
+    rows = _extended(rows, {i: [token] for i, token in enumerate(first)}, job)
+    begun = Progress(
+        tokens=tuple(row.tokens for row in rows),
+        finished=tuple(row.finished for row in rows),
+        cached=cached,
+        prefill=prefill,
+        decode=Clock(),
+        peak_bytes=_num_bytes(model, cache),
+        left=None,
+    )
+    if all(begun.finished):
+        yield dataclasses.replace(begun, left=_left(cache, rows))
+        return
+    yield begun
+    bursts = _bursts(model, job, rows, cache)
+    peak_bytes, seconds = bytes_of(bursts.compile()), 0.0
     while not all(row.finished for row in rows):
         start = time.perf_counter()
         made = next(bursts)
         seconds += time.perf_counter() - start
-        rows = [
-            row.extend(made.get(i, []), job.stop_tokens, job.keep)
-            for i, row in enumerate(rows)
-        ]
+        rows = _extended(rows, made, job)
         for i, row in enumerate(rows):
             if row.finished:
                 bursts.stop(i)
         finished = tuple(row.finished for row in rows)
-        yield Progress(
+        yield dataclasses.replace(
+            begun,
             tokens=tuple(row.tokens for row in rows),
             finished=finished,
-            cached=cached,
-            prefill=prefill_clock,
             # Only what is kept counts, though more may have been made.
-            decode=Clock(sum(len(row.tokens) for row in rows), seconds),
+            decode=Clock(sum(max(0, len(row.tokens) - 1) for row in rows), seconds),
             peak_bytes=peak_bytes,
-            left=_left(bursts, rows) if all(finished) else None,
+            left=_left(bursts.finish()[1], rows) if all(finished) else None,
         )
 
 
 def _read(
-    model: models.Decoder, unread: Sequence[Sequence[int]], cache: PagedKVCache
-) -> tuple[PagedKVCache, Clock, int]:
-    """Reads prompts; returns the cache, the speed, and the most bytes that it took."""
-    if not any(unread):
-        return cache, Clock(), 0
-    program = Program(model, bucket(max(map(len, unread)), MIN_PROMPT_LEN), 0)
-    cache, peak_bytes = program.compile(cache)
-    _, cache, seconds = program.call(unread, cache)
-    return cache, Clock(sum(map(len, unread)), seconds), peak_bytes
+    model: models.Decoder,
+    job: Job,
+    unread: Sequence[Sequence[int]],
+    cache: PagedKVCache,
+) -> tuple[list[int], PagedKVCache, Clock]:
+    """Reads prompts; returns the token after each, the cache, and the speed."""
+    num_unread = sum(map(len, unread))
+    num_tokens = min(MAX_PREFILL_CHUNK, bucket(num_unread, MIN_PROMPT_LEN))
+    key = jax.random.fold_in(jax.random.key(job.seed), 0)
+    prefill = Prefill(model, num_tokens, job.sampler, key)
+    cache = jax.block_until_ready(prefill.compile(cache))
+    start = time.perf_counter()
+    first, cache = jax.block_until_ready(prefill.first_tokens(unread, cache))
+    return first, cache, Clock(num_unread, time.perf_counter() - start)
 
 
-def _bursts(model: models.Decoder, job: Job, cache: PagedKVCache) -> Stream:
+def _extended(rows: list["Row"], made: dict[int, list[int]], job: Job) -> list["Row"]:
+    """With what was made of each."""
+    return [
+        row.extend(made.get(i, []), job.stop_tokens, job.keep) for i, row in enumerate(rows)
+    ]
+
+
+def _num_bytes(model: models.Decoder, cache: PagedKVCache) -> int:
+    arrays = jax.tree.leaves(eqx.filter((model, cache), eqx.is_array))
+    return sum(array.nbytes for array in arrays)
+
+
+def _bursts(
+    model: models.Decoder, job: Job, rows: Sequence["Row"], cache: PagedKVCache
+) -> Stream:
+    """What follows the first token of each row."""
     return stream(
         model,
         cache,
-        np.array([prompt[-1:] for prompt in job.prompts]),
-        np.ones(len(job.prompts), np.int32),
+        np.array([[row.tokens[-1] if row.tokens else 0] for row in rows]),
+        np.array([0 if row.finished else 1 for row in rows], np.int32),
         max_new_tokens=bucket(max(map(job.room, job.prompts)), MIN_NEW_TOKENS),
         burst=job.burst,
-        limits=np.array([job.room(prompt) for prompt in job.prompts]),
+        limits=np.array([max(1, row.room - 1) for row in rows]),
         stop_tokens=padded_stops(job.stop_tokens),
         sampler=job.sampler,
-        key=jax.random.key(job.seed),
+        key=jax.random.fold_in(jax.random.key(job.seed), 1),
         donate_cache=True,
     )
 
 
-def _left(bursts: Stream, rows: Sequence["Row"]) -> Held:
-    _, cache = bursts.finish()
+def _left(cache: PagedKVCache | RaggedKVCache, rows: Sequence["Row"]) -> Held:
     assert isinstance(cache, PagedKVCache), "a stream returns the kind it was given"
     # Nothing reads a row's last token, so the cache never had it; nor is there to be
     # what was made past the end of a row.

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import models
-from eqx_paged import greedy, Sampler, samplers
+from eqx_paged import Sampler, samplers
 
 from ._chat import chat, whole_chat
 from ._draw_pages import draw_pages
-from ._engine import Job, Progress, run
+from ._engine import GREEDY, Job, Progress, run
 from ._memory import check_memory
 from ._open_model import open_model
 from ._options import Options, parse_options, refuse
@@ -134,7 +134,7 @@ def _job(
 
 def _sampler(temperature: float) -> Sampler:
     if temperature == 0:
-        return greedy
+        return GREEDY
     return samplers.chain(samplers.temperature(temperature), samplers.categorical)
 
 

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 from models import _decoder, Decoder, DecoderConfig, save_checkpoint
 
-from ..helpers import quick_jit
+from ..helpers import count_compilations, quick_jit
 from .cases import (
     paged_cache,
     published,
@@ -100,6 +100,27 @@ def test_a_cache_gives_what_dense_gives(getkey, kind):
     expected = dense_logits(decoder, tokens)
     for row, logits in enumerate(stepwise_logits(decoder, cache, rows, STEPS)):
         assert_close(logits, expected[row, : LENGTHS[row]])
+
+
+def test_layer_by_layer_is_the_same_with_a_program_for_all_layers(getkey):
+    def read(num_layers):
+        decoder = random_decoder(getkey, num_hidden_layers=num_layers)
+        q_lens = jnp.asarray((9, 0, 1), jnp.int32)
+        cache = paged_cache(decoder, num_seqs=3, max_len=32)
+        cache, batch, _ = cache.append(q_lens, 12)
+        tokens = random_tokens(getkey, 1, 12)[0]
+        expected, stored = quick_jit(lambda *args: decoder(*args))(tokens, cache, batch)
+        with count_compilations() as compiled:
+            hidden, new = decoder.by_layers(tokens, cache, batch)
+        assert_close(hidden[:10], np.asarray(expected)[:10])
+        for pages, other in zip(new.layers, stored.layers, strict=True):
+            assert_close(pages.k_pages, np.asarray(other.k_pages))
+            assert_close(pages.v_pages, np.asarray(other.v_pages))
+        return len(compiled)
+
+    # A layer, and what comes before and after all of them. For more layers, there is a new
+    # one for what comes before, which depends on the configuration.
+    assert (read(2), read(4)) == (3, 1)
 
 
 def test_bfloat16_weights_give_nearly_the_same_logits(getkey):

@@ -158,16 +158,16 @@ def test_each_answer_is_as_from_scratch(results, chat_dir, answer_from_scratch):
 
 
 def test_a_turn_reads_only_its_own_text(results, chat_dir, monkeypatch):
-    from scripts._engine import Program
+    from scripts._prefill import Prefill
 
     read = []
-    call = Program.call
+    first_tokens = Prefill.first_tokens
 
-    def count(self, prompts, cache):
-        read.append(sum(map(len, prompts)))
-        return call(self, prompts, cache)
+    def count(self, unread, cache):
+        read.append(sum(map(len, unread)))
+        return first_tokens(self, unread, cache)
 
-    monkeypatch.setattr(Program, "call", count)
+    monkeypatch.setattr(Prefill, "first_tokens", count)
     made = results(chat_dir, TURNS)
     per_turn = []
     for turn, result in enumerate(made):
@@ -176,8 +176,7 @@ def test_a_turn_reads_only_its_own_text(results, chat_dir, monkeypatch):
         per_turn.append(result["num_prompt_tokens"] - held)
     # The last token of an answer, its end, the new words and two marks around them.
     assert per_turn[1:] == [1 + 1 + 1 + 1 + 2, 1 + 1 + 1 + 2 + 2]
-    # What was read before a turn's last token, which the stream begins with.
-    assert sum(read) == sum(per_turn) - len(TURNS)
+    assert read == per_turn
 
 
 def test_an_answers_tokens_stay_those_that_were_made(results, changed, chat_dir):
