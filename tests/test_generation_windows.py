@@ -263,7 +263,7 @@ def test_a_row_that_only_decodes_keeps_no_pages_for_a_chunk():
         burst=1,
     )
     # On the six pages that the first one does not hold, the second one is read beside it.
-    assert any({0, 1} <= item.keys() for item in stream)
+    assert any({0, 1} <= item.keys() for item in list(stream))
     generation, cache = stream.finish()
     assert answers(generation) == all_continued(arguments, 20)
     assert_all_free(cache)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from . import sampling
-from .helpers import append, ints, told
+from .helpers import append, ints, quick_jit, told
 from .test_generate import (
     answers,
     continued,
@@ -331,7 +331,7 @@ def test_a_draft_may_have_to_copy_what_it_alone_shares():
 
     def sharing(num_pages):
         cache, _, _ = append(sampling.empty(2, num_pages), ints((5, 0)), 16)
-        return cache.fork(0, 1)[0]
+        return quick_jit(lambda cache: cache.fork(0, 1)[0])(cache)
 
     def stream(cache, own):
         draft = eqx_paged.DraftModel(table, own)
