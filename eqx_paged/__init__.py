@@ -9,7 +9,8 @@ from ._attention import (
     RaggedAttention as RaggedAttention,
 )
 from ._batch import RaggedBatch as RaggedBatch
-from ._beam_search import beam_search as beam_search, Hypotheses as Hypotheses
+from ._beam_search import beam_search as beam_search
+from ._beam_step import Hypotheses as Hypotheses
 from ._cache import PagedKVCache as PagedKVCache
 from ._draft_model import DraftModel as DraftModel
 from ._generate import (

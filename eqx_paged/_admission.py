@@ -7,16 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ._cache import PagedKVCache
-from ._generation_state import (
-    active,
-    known,
-    left,
-    num_pages,
-    pages_at_once,
-    Plan,
-    State,
-)
+from ._generation_state import active, known, left, Plan, reading, State
 from ._generation_step import share
+from ._page_needs import most_pages, num_pages, pages_at_once
 
 
 def admissible(state: State, plan: Plan) -> Bool[Array, " num_prompts"]:
@@ -30,16 +23,28 @@ def admissible(state: State, plan: Plan) -> Bool[Array, " num_prompts"]:
     rank = jnp.cumsum(state.waiting, dtype=jnp.int32) - 1
     fits = state.waiting & (rank < num_rows)
     if isinstance(state.cache, PagedKVCache):
-        needed = pages_at_once(state.cache, plan, lengths)
-        needed = jnp.where(state.waiting, needed, 0)
-        # Rows that are being read have yet to take theirs, and each may soon need one
-        # more: a prompt that had to be put back at once would be read for nothing.
-        in_rows = lengths.at[state.prompt].get(mode="fill", fill_value=0)
-        promised = pages_at_once(state.cache, plan, in_rows) + is_active.astype(jnp.int32)
-        promised = jnp.maximum(promised - _num_held(state.cache), 0)
-        num_free = state.cache.table.num_free_pages - jnp.sum(promised, dtype=jnp.int32)
+        size = state.cache.page_size
+        most = most_pages(plan, size, plan.num_tokens)
+        needed = jnp.where(state.waiting, pages_at_once(lengths, size, most), 0)
+        promised = jnp.sum(_promised(state, plan), dtype=jnp.int32)
+        num_free = state.cache.table.num_free_pages - promised
         fits &= jnp.cumsum(needed, dtype=jnp.int32) <= num_free
     return fits
+
+
+def _promised(state, plan):
+    """The free pages that are for each row: those it has yet to take, of what it reads, and
+    one more that it may soon need. A prompt that had to be put back at once would be read
+    for nothing."""
+    size, is_active = state.cache.page_size, active(state, plan)
+    lengths = known(state, plan).at[state.prompt].get(mode="fill", fill_value=0)
+    pages = num_pages(lengths, size) + is_active.astype(jnp.int32)
+    if plan.window is not None:
+        of_step = jnp.where(reading(state, plan), plan.num_tokens, plan.most_per_step)
+        pages = jnp.minimum(pages, most_pages(plan, size, of_step))
+    # Without those of tokens that were dropped.
+    held = num_pages(state.cache.kv_lens, size) - state.cache.table.starts // size
+    return jnp.maximum(pages - held, 0)
 
 
 def admit(state: State, plan: Plan) -> State:
@@ -66,10 +71,12 @@ def put_back(state: State, plan: Plan, num_tokens: int | None) -> State:
     if not isinstance(state.cache, PagedKVCache):
         return state
 
+    size = state.cache.page_size
+
     def is_short(state):
         kv_lens = state.cache.kv_lens
         new = kv_lens + share(left(state, plan), num_tokens)
-        needed = num_pages(state.cache, new) - num_pages(state.cache, kv_lens)
+        needed = num_pages(new, size) - num_pages(kv_lens, size)
         too_few = jnp.sum(needed, dtype=jnp.int32) > state.cache.table.num_free_pages
         return too_few & (jnp.sum(active(state, plan)) > 1)
 
@@ -83,8 +90,3 @@ def put_back(state: State, plan: Plan, num_tokens: int | None) -> State:
         )
 
     return jax.lax.while_loop(is_short, without_the_youngest, state)
-
-
-def _num_held(cache):
-    """The pages of each row; without those of tokens that were dropped."""
-    return num_pages(cache, cache.kv_lens) - cache.table.starts // cache.page_size

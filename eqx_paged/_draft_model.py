@@ -18,7 +18,8 @@ class DraftModel(eqx.Module):
 
     - `model`: as [`eqx_paged.Model`][] says, of the same vocabulary.
     - `cache`: its own, with as many rows as the larger one's, which hold the same tokens,
-        and room for as many more.
+        and room for as many more. With a `window` of `generate` it needs pages for whole
+        prompts and what is made of them, since it drops none.
     - `num_tokens`: how many tokens to propose at a time.
 
     Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding,
@@ -39,7 +40,8 @@ class DraftModel(eqx.Module):
         """**Arguments:**
 
         - `model`: any PyTree that is such a model.
-        - `cache`: its own. After a run, `Generation.drafts` has the one to go on with.
+        - `cache`: its own. After a run, the one to go on with is
+            `Generation.drafted.cache`.
         - `num_tokens`: how many tokens to propose at a time.
 
         **Raises:**

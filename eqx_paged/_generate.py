@@ -74,10 +74,10 @@ def generate(
     One compiled program: the prompts are read in chunks, beside rows that have been read
     and go on, and then a loop makes a token a row and turn. Prompts, their lengths, limits,
     keys, what stops them and the sampler's parameters are data; a program is compiled for
-    each `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, shape of `stop_tokens` and
-    `stop_sequences`, kind of sampler, `log_probs` and kind of cache, with and without
-    limits, with one key, many or none, and for each number of prompts beyond the cache's
-    rows.
+    each `max_prompt_len`, `max_new_tokens`, `prefill_chunk`, `window`, shape of
+    `stop_tokens` and `stop_sequences`, kind of sampler, kind and sizes of `draft`,
+    `log_probs`, and kind and sizes of the cache, with and without limits, with one key,
+    many or none, and for each number of prompts beyond the cache's rows.
 
     With at most as many prompts as rows, prompt `i` extends row `i`, whatever the row
     holds: a second turn of a conversation gives its own text only, which begins with the
@@ -86,18 +86,20 @@ def generate(
     More prompts go through the rows in turn, in order, each waiting for a row and for
     pages to read it into; a row that is done is freed for the next. Where rows that go on
     need a page and there is none, the youngest is put back: its pages are freed, its
-    tokens kept and read again later. What is made of a prompt is the same in any case.
+    tokens kept and read again later. What is made of a prompt depends on none of this, but
+    for how its logits round: beside others, a matrix product may be rounded in another way.
 
     **Arguments:**
 
     - `model`: called as `model(tokens, cache, batch) -> (hidden, cache)`, with an `unembed`
         method from hidden states to logits. Any PyTree.
     - `cache`: a [`eqx_paged.PagedKVCache`][] or a [`eqx_paged.RaggedKVCache`][], empty if
-        it has fewer rows than there are prompts.
+        it has fewer rows than there are prompts, also of what
+        [`eqx_paged.PrefixIndex`][]'s `fork` puts there.
     - `prompts`: padded with any int32.
     - `prompt_lens`: the tokens of each prompt; one of length 0 leaves its row idle.
     - `max_new_tokens`: the most tokens to make a prompt. 0 only reads the prompts.
-    - `limits`: for each prompt, the most tokens to make of it, if less.
+    - `limits`: for each prompt, the most tokens to make of it, from 0, if less.
     - `stop_tokens`: tokens after which a row is done.
     - `stop_sequences`: the same for several tokens in a row, all of them new. A text can be
         made of other tokens than those that a tokenizer cuts it into, so that this does not
@@ -118,8 +120,11 @@ def generate(
         sampler draws, too. `Generation.drafted` tells how many were accepted.
     - `window`: the most tokens that any layer sees, the query's own included, if all have a
         sliding window. Pages of a paged cache that all layers have left behind are then
-        freed on the way, so that a row needs pages for `window + prefill_chunk` tokens at
-        most, however long it becomes.
+        freed on the way, so that a row needs pages for `window + prefill_chunk` tokens
+        (or `window` and one a row of the cache, if that is more), and one page more, at
+        most, however long it becomes. Prompts in turn are refused where fewer are free than
+        that, and than a prompt with what may be made of it needs. The cache of a
+        `DraftModel` drops none.
     - `prefill_chunk`: how many tokens to read a step while there are prompts to read, of
         all rows together; at least one a row.
     - `throw`: whether to raise an error if the run fails. Must be False under `jit`.

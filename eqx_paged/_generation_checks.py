@@ -7,6 +7,7 @@ import numpy as np
 
 from ._cache import PagedKVCache
 from ._draft_model import DraftModel
+from ._page_needs import num_copies, num_pages, pages_before_work, whole_lens
 from ._prompt_lookup import PromptLookup
 from .kernels._arguments import check_array
 
@@ -15,24 +16,25 @@ def is_traced(tree):
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def check_prompts(prompts, prompt_lens):
-    check_array("prompts", prompts)
-    check_array("prompt_lens", prompt_lens)
+def check_prompts(prompts, prompt_lens, names=("prompts", "prompt_lens")):
+    named = tuple(zip(names, (prompts, prompt_lens), strict=True))
+    for name, array in named:
+        check_array(name, array)
     if prompts.ndim != 2 or prompt_lens.shape != prompts.shape[:1]:
         raise ValueError(
-            "prompts must be [num_prompts, max_prompt_len] and prompt_lens [num_prompts], "
-            f"but their shapes are {prompts.shape} and {prompt_lens.shape}."
+            f"{names[0]} must be [num_prompts, max_prompt_len] and {names[1]} "
+            f"[num_prompts], but their shapes are {prompts.shape} and {prompt_lens.shape}."
         )
-    for name, array in (("prompts", prompts), ("prompt_lens", prompt_lens)):
+    for name, array in named:
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers, but is {array.dtype}.")
     num_prompts, max_prompt_len = prompts.shape
     if num_prompts < 1:
-        raise ValueError("prompts must have a row a prompt, but num_prompts is 0.")
+        raise ValueError(f"{names[0]} must have a row a prompt, but num_prompts is 0.")
     if max_prompt_len < 1:
-        raise ValueError("prompts must have room for a token, but max_prompt_len is 0.")
-    _check_int32("prompts", prompts)
-    _check_int32("prompt_lens", prompt_lens)
+        raise ValueError(f"{names[0]} must have room for a token, but max_prompt_len is 0.")
+    for name, array in named:
+        _check_int32(name, array)
 
 
 def check_stop_tokens(tokens):
@@ -43,6 +45,40 @@ def check_stop_tokens(tokens):
     if array.ndim != 1 or not integers:
         raise ValueError(f"stop_tokens must be a list of integers, but is {tokens!r}.")
     _check_int32("stop_tokens", array)
+
+
+def check_stop_sequences(sequences):
+    if hasattr(sequences, "dtype"):
+        _check_padded_sequences(sequences)
+        return
+    for sequence in sequences:
+        array = np.asarray(sequence)
+        integers = jnp.issubdtype(array.dtype, jnp.integer)
+        if array.ndim != 1 or array.size == 0 or not integers or array.min() < 0:
+            raise ValueError(
+                "stop_sequences must be lists of tokens, each at least one long, but has "
+                f"{sequence!r}."
+            )
+        _check_int32("stop_sequences", array)
+
+
+def _check_padded_sequences(array):
+    integers = jnp.issubdtype(array.dtype, jnp.integer)
+    if array.ndim != 2 or not integers or (array.shape[0] > 0 and array.shape[1] == 0):
+        raise ValueError(
+            "stop_sequences must be lists of tokens, or integers of shape "
+            "[num_sequences, max_sequence_len] with room for a token, but is "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    _check_int32("stop_sequences", array)
+    if is_traced(array):
+        return
+    array = np.asarray(array)
+    for sequence in array[np.any((array[:, 1:] < 0) & (array[:, :-1] >= 0), axis=1)]:
+        raise ValueError(
+            "stop_sequences must have negative numbers only before the tokens of a "
+            f"sequence, but has {sequence.tolist()}."
+        )
 
 
 def _check_int32(name, array):
@@ -60,37 +96,28 @@ def _check_int32(name, array):
 def check_prompts_fit(cache, prompts, prompt_lens, plan):
     """Whether there is room for prompts, each in its row or one after the other."""
     prompt_lens, max_prompt_len = np.asarray(prompt_lens), prompts.shape[1]
-    if not plan.in_turn:
-        rows = np.arange(len(prompt_lens))
-        check_rows_fit(cache, max_prompt_len, prompt_lens, rows, plan.most_pages)
-        return
-    num_held = int(np.sum(cache.kv_lens))
+    rows = None if plan.in_turn else np.arange(len(prompt_lens))
+    num_held = int(np.sum(cache.kv_lens)) if plan.in_turn else 0
     if num_held > 0:
         raise ValueError(
             f"{len(prompt_lens)} prompts go through {cache.num_seqs} rows in turn, which "
             f"must be empty, but they hold {num_held} tokens."
         )
-    held = np.zeros_like(prompt_lens)
-    _check_lens(cache, max_prompt_len, prompt_lens, held, [""] * len(held))
-    if isinstance(cache, PagedKVCache):
-        pages = _new_pages(cache, held, prompt_lens, plan.most_pages)
-        _check_pages(cache, int(pages.max()), f"Prompt {int(pages.argmax())} needs")
+    check_lens(cache, max_prompt_len, prompt_lens, rows)
+    if not isinstance(cache, PagedKVCache):
+        return
+    table, lens, limits = jax.device_get((cache.table, plan.prompt_lens, plan.limits))
+    pages = pages_before_work(table, plan, lens, limits)
+    if plan.in_turn:
+        check_pages(cache, pages.max(), f"Prompt {pages.argmax()} needs")
+    else:
+        check_pages(cache, pages.sum(), "The prompts need")
 
 
-def check_rows_fit(cache, max_prompt_len, prompt_lens, rows, most_pages=lambda size: None):
-    """Whether there is room for prompts beside what the rows that they extend hold."""
-    held = np.asarray(cache.kv_lens)[rows]
-    beside = [
-        f" and row {r} of the cache holds {n}" for r, n in zip(rows, held, strict=True)
-    ]
-    _check_lens(cache, max_prompt_len, prompt_lens, held, beside)
-    if isinstance(cache, PagedKVCache):
-        needed = int(np.sum(_new_pages(cache, held, prompt_lens, most_pages)))
-        needed += _num_copies(cache.table, rows, held, prompt_lens)
-        _check_pages(cache, needed, "The prompts need")
-
-
-def _check_lens(cache, max_prompt_len, prompt_lens, held, beside):
+def check_lens(cache, max_prompt_len, prompt_lens, rows=None):
+    """Whether there is room for prompts beside what the rows that they extend hold; without
+    rows, each in an empty one."""
+    held = np.zeros_like(prompt_lens) if rows is None else np.asarray(cache.kv_lens)[rows]
     for i, (old, new) in enumerate(zip(held, prompt_lens, strict=True)):
         if not 0 <= new <= max_prompt_len:
             raise ValueError(
@@ -98,35 +125,19 @@ def _check_lens(cache, max_prompt_len, prompt_lens, held, beside):
                 f"{max_prompt_len} tokens each."
             )
         if old + new > cache.max_len:
+            beside = "" if rows is None else f" and row {rows[i]} of the cache holds {old}"
             raise ValueError(
-                f"Prompt {i} has {new} tokens{beside[i]}, but a row has room for "
+                f"Prompt {i} has {new} tokens{beside}, but a row has room for "
                 f"{cache.max_len}."
             )
 
 
-def _new_pages(cache, held, prompt_lens, most_pages):
-    """The pages that each prompt takes at a time."""
-    pages = -(-(held + prompt_lens) // cache.page_size) - -(-held // cache.page_size)
-    most = most_pages(cache.page_size)
-    return pages if most is None else np.minimum(pages, most)
-
-
-def _check_pages(cache, needed, who):
+def check_pages(cache, needed, who):
     num_free = int(cache.table.num_free_pages)
     if needed > num_free:
         raise ValueError(
             f"{who} {needed} pages of {cache.page_size} tokens, but {num_free} are free."
         )
-
-
-def _num_copies(table, rows, held, prompt_lens):
-    """Pages that the prompts' rows share with others, and must copy to write to."""
-    writes = (prompt_lens > 0) & (held % table.page_size > 0)
-    columns = held[writes] // table.page_size
-    tails = np.asarray(table.page_indices)[rows[writes], columns]
-    pages, counts = np.unique(tails, return_counts=True)
-    # Where all holders write, one of them keeps the page.
-    return int(np.sum(counts - (counts == np.asarray(table.ref_counts)[pages])))
 
 
 def check_limits(limits, num_prompts):
@@ -137,12 +148,17 @@ def check_limits(limits, num_prompts):
             f"{limits.dtype} of shape {limits.shape}."
         )
     _check_int32("limits", limits)
+    if not is_traced(limits) and np.any(np.asarray(limits) < 0):
+        raise ValueError(f"limits must be at least 0, but one is {np.min(limits)}.")
 
 
 def check_key(key, num_prompts):
     if key is None:
         return
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_typed and (dtype != jnp.uint32 or key.ndim < 1):
+        raise ValueError(f"key must be one that jax.random makes, but is {key!r}.")
     shape = key.shape if is_typed else key.shape[:-1]
     if shape not in ((), (num_prompts,)):
         raise ValueError(
@@ -186,46 +202,30 @@ def _check_draft_cache(own, cache):
             "The cache of a DraftModel must hold the tokens of the other one, but its rows "
             f"hold {held} tokens and those of the other {other}."
         )
-    if isinstance(own, PagedKVCache):
-        _check_draft_pages(own, cache)
 
 
-def _check_draft_pages(own, cache):
-    free = int(own.table.num_free_pages)
-    if isinstance(cache, PagedKVCache):
-        needed = int(cache.table.num_free_pages)
-    else:
-        room = cache.max_len // own.page_size
-        needed = int(np.sum(room - np.asarray(cache.kv_lens) // own.page_size))
-    if free < needed:
+def check_draft_pages(own, cache, plan):
+    """Whether there are pages for whatever the other cache may come to hold."""
+    if is_traced((own, cache, plan.prompt_lens, plan.limits)):
+        return
+    num_free, needed = int(own.table.num_free_pages), _pages_of_draft(own, cache, plan)
+    if needed > num_free:
         raise ValueError(
-            f"The cache of a DraftModel has {free} free pages, but the other one can take "
-            f"{needed} more."
+            f"The cache of a DraftModel has {num_free} free pages, but may need {needed}."
         )
 
 
-def padded_sequences(sequences):
-    """Stop sequences as one array, with -1 before the shorter ones."""
-    if hasattr(sequences, "dtype"):
-        if sequences.ndim != 2 or not jnp.issubdtype(sequences.dtype, jnp.integer):
-            raise ValueError(
-                "stop_sequences must be lists of tokens, or integers of shape "
-                "[num_sequences, max_sequence_len], but is "
-                f"{sequences.dtype} of shape {sequences.shape}."
-            )
-        _check_int32("stop_sequences", sequences)
-        return sequences
-    arrays = [np.asarray(sequence) for sequence in sequences]
-    for array, sequence in zip(arrays, sequences, strict=True):
-        integers = jnp.issubdtype(array.dtype, jnp.integer)
-        if array.ndim != 1 or array.size == 0 or not integers or array.min() < 0:
-            raise ValueError(
-                "stop_sequences must be lists of tokens, each at least one long, but has "
-                f"{sequence!r}."
-            )
-        _check_int32("stop_sequences", array)
-    width = max(map(len, arrays), default=0)
-    padded = np.full((len(arrays), width), -1, np.int32)
-    for row, array in zip(padded, arrays, strict=True):
-        row[width - len(array) :] = array
-    return padded
+def _pages_of_draft(own, cache, plan):
+    table, lens, limits = jax.device_get((own.table, plan.prompt_lens, plan.limits))
+    # Rows that take prompts in turn are empty, and share nothing.
+    num_copied = 0 if plan.in_turn else int(num_copies(table, lens).sum())
+    if isinstance(cache, PagedKVCache) and plan.window is None:
+        # Both take the same pages, but for what one shares and the other does not.
+        other = jax.device_get(cache.table)
+        num_copied -= 0 if plan.in_turn else int(num_copies(other, lens).sum())
+        return int(other.num_free_pages) + num_copied
+    # The other one's pages do not tell: it drops what is not seen any more, or has none.
+    held = np.zeros_like(lens) if plan.in_turn else table.kv_lens
+    ends = np.minimum(held + whole_lens(plan, lens, limits), cache.max_len)
+    pages = num_pages(ends, own.page_size) - num_pages(held, own.page_size)
+    return int(np.sort(pages)[-own.num_seqs :].sum()) + num_copied

@@ -99,11 +99,21 @@ def advance(
             state = jax.lax.while_loop(decodes, decode, state)
         return state
 
+    def turn_of_some(state):
+        return turn(_unless_stuck(state, plan))
+
     if not plan.in_turn:
         return turn(state)
     return jax.lax.while_loop(
-        lambda state: goes_on(state) & is_unfinished(state, plan), turn, state
+        lambda state: goes_on(state) & is_unfinished(state, plan), turn_of_some, state
     )
+
+
+def _unless_stuck(state, plan):
+    """Fails where no row has a prompt and none can get one: that would be so for ever."""
+    some = jnp.any(active(state, plan)) | jnp.any(admissible(state, plan))
+    result = RESULTS.where(some, state.result, RESULTS.out_of_pages)
+    return dataclasses.replace(state, result=result)
 
 
 def is_unfinished(state: State, plan: Plan) -> Bool[Array, ""]:

@@ -9,14 +9,16 @@ from ._checks import check_int, check_positive, first_of
 from ._draft_model import DraftModel
 from ._generation_checks import (
     check_draft,
+    check_draft_pages,
     check_key,
     check_limits,
     check_prompts,
+    check_stop_sequences,
     check_stop_tokens,
     is_traced,
-    padded_sequences,
 )
-from ._generation_state import pages_at_once, Plan
+from ._generation_state import Plan
+from ._page_needs import pages_before_work
 from ._results import RESULTS
 from .samplers._chain import Chain, typed_keys
 
@@ -49,7 +51,7 @@ def plan_of(
         check_positive(window=window)
     check_prompts(prompts, prompt_lens)
     check_stop_tokens(stop_tokens)
-    stop_sequences = padded_sequences(stop_sequences)
+    check_stop_sequences(stop_sequences)
     if log_probs is not None:
         check_int(log_probs=log_probs, least=0)
     num_prompts = prompts.shape[0]
@@ -69,7 +71,7 @@ def plan_of(
         prompts=_padded(prompts, num_padded),
         prompt_lens=_padded(prompt_lens, num_padded),
         stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
-        stop_sequences=jnp.asarray(stop_sequences, jnp.int32),
+        stop_sequences=jnp.asarray(_padded_sequences(stop_sequences), jnp.int32),
         limits=limits,
         key=None if key is None else _padded_key(typed_keys(key), num_padded),
         sampler=sampler,
@@ -83,6 +85,8 @@ def plan_of(
         window=None if window is None else int(window),
         in_turn=num_prompts > cache.num_seqs,
     )
+    if isinstance(draft_cache, PagedKVCache):
+        check_draft_pages(draft_cache, cache, plan)
     return plan, draft_cache
 
 
@@ -90,19 +94,16 @@ def result_of_prompts(cache, plan):
     """Whether the prompts can be read, before any work."""
     max_prompt_len = plan.prompts.shape[1]
     invalid = jnp.any((plan.prompt_lens > max_prompt_len) | (plan.prompt_lens < 0))
-    if not plan.in_turn and plan.window is None:
-        # All of them at once, so that a chunk cannot fail after another has been read.
-        _, _, result = cache.append(plan.prompt_lens, plan.num_prompts * max_prompt_len)
-        return RESULTS.where(invalid, RESULTS.invalid_argument, result)
-    held = 0 if plan.in_turn else cache.kv_lens
+    room = cache.max_len - (0 if plan.in_turn else cache.kv_lens)
     too_few = jnp.array(False)
     if isinstance(cache, PagedKVCache):
-        needed = pages_at_once(cache, plan, plan.prompt_lens)
+        # All of them at once, so that a chunk cannot fail after another has been read.
+        needed = pages_before_work(cache.table, plan, plan.prompt_lens, plan.limits)
         needed = jnp.max(needed) if plan.in_turn else jnp.sum(needed, dtype=jnp.int32)
         too_few = needed > cache.table.num_free_pages
     return first_of(
         (invalid, RESULTS.invalid_argument),
-        (jnp.any(held + plan.prompt_lens > cache.max_len), RESULTS.sequence_too_long),
+        (jnp.any(plan.prompt_lens > room), RESULTS.sequence_too_long),
         (jnp.any(cache.kv_lens > 0) & plan.in_turn, RESULTS.row_in_use),
         (too_few, RESULTS.out_of_pages),
     )
@@ -114,6 +115,16 @@ def _padded(array, num_padded):
     array = xp.asarray(array, xp.int32)
     padding = ((0, num_padded - len(array)), *[(0, 0)] * (array.ndim - 1))
     return jnp.asarray(xp.pad(array, padding))
+
+
+def _padded_sequences(sequences):
+    """Stop sequences as one array, with -1 before the shorter ones."""
+    if hasattr(sequences, "dtype"):
+        return sequences
+    padded = np.full((len(sequences), max(map(len, sequences), default=0)), -1, np.int32)
+    for row, tokens in zip(padded, sequences, strict=True):
+        row[len(row) - len(tokens) :] = tokens
+    return padded
 
 
 def _padded_key(key, num_padded):

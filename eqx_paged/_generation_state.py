@@ -62,14 +62,6 @@ class Plan(eqx.Module):
         one = self.prompts.shape[1] == 1 and self.max_new_tokens > 0
         return one and not self.in_turn
 
-    def most_pages(self, page_size: int) -> int | None:
-        """The most pages that a row has at a time: of the tokens that are seen, and those
-        that a step adds. None if that goes with its length."""
-        if self.window is None:
-            return None
-        # One more, since what is seen may begin within a page.
-        return -(-(self.window + self.num_tokens) // page_size) + 1
-
     @property
     def most_per_step(self) -> int:
         """The most tokens that a step makes of a prompt."""
@@ -195,18 +187,3 @@ def limits_of_rows(state: State, plan: Plan) -> Int32[Array, " num_seqs"]:
     if plan.limits is None:
         return limits
     return jnp.minimum(limits, plan.limits.at[state.prompt].get(mode="clip"))
-
-
-def num_pages(
-    cache: PagedKVCache, length: Int32[Array, " *shape"]
-) -> Int32[Array, " *shape"]:
-    """Of so many tokens."""
-    return -(-length // cache.page_size)
-
-
-def pages_at_once(
-    cache: PagedKVCache, plan: Plan, length: Int32[Array, " *shape"]
-) -> Int32[Array, " *shape"]:
-    """The most pages that so many new tokens of a row take at a time."""
-    pages, most = num_pages(cache, length), plan.most_pages(cache.page_size)
-    return pages if most is None else jnp.minimum(pages, most)

@@ -10,7 +10,7 @@ from ._batch import row_of_token
 from ._cache import PagedKVCache
 from ._checks import first_of
 from ._draft_model import DraftModel
-from ._generation_state import left, limits_of_rows, Plan, State, tokens_at
+from ._generation_state import active, left, limits_of_rows, Plan, State, tokens_at
 from ._next_token import choose, has_stopped
 from ._results import RESULTS
 
@@ -18,7 +18,7 @@ from ._results import RESULTS
 def step(model: Any, state: State, plan: Plan, num_tokens: int | None) -> State:
     """Reads tokens of all rows, `num_tokens` at most, and makes the next token of each row
     that has then read all it has. None is for one token a row."""
-    to_read = left(state, plan)
+    to_read, held = left(state, plan), state.cache.kv_lens
     q_lens = share(to_read, num_tokens)
     cache, batch, result = state.cache.append(q_lens, num_tokens)
     if num_tokens is None:
@@ -45,12 +45,16 @@ def step(model: Any, state: State, plan: Plan, num_tokens: int | None) -> State:
         result=both(result, draft_result),
         step=state.step + 1,
     )
+    if isinstance(plan.draft, DraftModel):
+        # Both models read the step's tokens, or neither does.
+        held = jnp.where(state.is_well, cache.kv_lens, held)
+        state = state.with_caches(lambda cache: cache.truncate(held))
     complete = (q_lens > 0) & (q_lens == to_read) & state.is_well
     goes_on = jnp.zeros_like(complete)
     if plan.max_new_tokens > 0:
         logits = model.unembed(hidden[batch.last_tokens])
         state, _, goes_on = add_token(logits, state, plan, complete)
-    return end_rows(state, plan, complete & ~goes_on)
+    return leave_rows(drop_unseen(state, plan), plan, complete & ~goes_on)
 
 
 def share(
@@ -94,18 +98,21 @@ def add_token(
     return state, new, goes_on
 
 
-def end_rows(state: State, plan: Plan, finished: Bool[Array, " num_seqs"]) -> State:
-    """After a step: without the prompts of some rows, which are freed if others are to have
-    them, and without the pages that no layer sees any more."""
-    prompt = jnp.where(finished, plan.num_prompts, state.prompt)
-    state = dataclasses.replace(state, prompt=prompt)
-    if plan.in_turn:
-        state = state.free(finished)
+def drop_unseen(state: State, plan: Plan) -> State:
+    """Without the pages of the active rows that no layer sees any more."""
     if plan.window is None or not isinstance(state.cache, PagedKVCache):
         return state
     # The next token sees itself as well.
     seen_from = state.cache.kv_lens + 1 - plan.window
+    seen_from = jnp.where(active(state, plan), seen_from, 0)
     return dataclasses.replace(state, cache=state.cache.drop_before(seen_from))
+
+
+def leave_rows(state: State, plan: Plan, finished: Bool[Array, " num_seqs"]) -> State:
+    """Without the prompts of some rows, which are freed if others are to have them."""
+    prompt = jnp.where(finished, plan.num_prompts, state.prompt)
+    state = dataclasses.replace(state, prompt=prompt)
+    return state.free(finished) if plan.in_turn else state
 
 
 def both(result: RESULTS, other: RESULTS) -> RESULTS:

@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from ._cache import PagedKVCache
 from ._checks import check_int
+from ._generation_checks import check_prompts
 from ._page_table import PageTable
 from ._results import RESULTS
 
@@ -48,6 +49,10 @@ class PrefixIndex:
 
     A prompt never takes all of its tokens from the index: the last one is to be read, for
     the token after it.
+
+    Prompt `i` is of row `i`, so give `fork` and `generate` at most as many prompts at a
+    time as there are rows: more would go through the rows in turn, for which `generate`
+    wants them empty.
 
     !!! example
 
@@ -111,10 +116,12 @@ class PrefixIndex:
 
         **Raises:**
 
-        `ValueError` for more prompts than rows, or lengths that the prompts do not have.
+        `ValueError` for more prompts than rows, lengths that the prompts do not have, and
+        what is no int32.
         """
         check_int(max_new_tokens=max_new_tokens, least=0)
-        prompts, prompt_lens = _checked(cache, prompts, prompt_lens)
+        names = "prompts", "prompt_lens"
+        prompts, prompt_lens = _checked(cache, prompts, prompt_lens, names)
         held, size = np.asarray(cache.kv_lens), cache.page_size
         table_rows = np.zeros(cache.table.page_indices.shape, np.int32)
         num_found = np.zeros(cache.num_seqs, np.int32)
@@ -172,9 +179,10 @@ class PrefixIndex:
 
         **Raises:**
 
-        `ValueError` for a row that holds fewer tokens than are given, or has dropped some.
+        `ValueError` for a row that holds fewer tokens than are given, or has dropped some,
+        and as `fork` raises it.
         """
-        tokens, lengths = _checked(cache, tokens, lengths)
+        tokens, lengths = _checked(cache, tokens, lengths, ("tokens", "lengths"))
         table, size = cache.table, cache.page_size
         kv_lens, starts = np.asarray(table.kv_lens), np.asarray(table.starts)
         for i, length in enumerate(lengths):
@@ -312,13 +320,9 @@ def _check_goes_with(result):
         )
 
 
-def _checked(cache, tokens, lengths):
+def _checked(cache, tokens, lengths, names):
+    check_prompts(tokens, lengths, names)
     tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
-        raise ValueError(
-            "tokens must be [num_prompts, max_prompt_len] with a length each, but their "
-            f"shapes are {tokens.shape} and {lengths.shape}."
-        )
     if len(tokens) > cache.num_seqs:
         raise ValueError(f"{len(tokens)} prompts do not fit {cache.num_seqs} rows.")
     for i, length in enumerate(lengths):

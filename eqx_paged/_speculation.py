@@ -21,13 +21,13 @@ from ._generation_state import (
     known,
     left,
     limits_of_rows,
-    num_pages,
     Plan,
     State,
     tokens_at,
 )
-from ._generation_step import add_token, both, end_rows
+from ._generation_step import add_token, both, drop_unseen, leave_rows
 from ._next_token import choose
+from ._page_needs import num_pages
 from ._prompt_lookup import PromptLookup
 from ._results import RESULTS
 
@@ -60,13 +60,14 @@ def speculate(model: Any, state: State, plan: Plan) -> State:
         step=state.step + 1,
     )
     before = state.lengths
-    state, finished = _accept(state, plan, logits, proposed, num_proposed, reads)
+    state, finished, accepted = _accept(state, plan, logits, proposed, num_proposed, reads)
     made = (state.lengths - before).at[state.prompt].get(mode="clip")
-    # A row that reads its last token only to have read it holds it none the less.
-    held = jnp.where(reads, held + jnp.maximum(made, 1), held)
+    # A row that reads its last token only to have read it holds it none the less. After a
+    # failure, neither cache holds more than before.
+    held += jnp.where(reads & state.is_well, jnp.maximum(made, 1), 0)
     state = state.with_caches(lambda cache: cache.truncate(held))
-    state = state.with_drafts(num_proposed, jnp.where(reads, jnp.maximum(made - 1, 0), 0))
-    return end_rows(state, plan, finished)
+    state = state.with_drafts(num_proposed, accepted)
+    return leave_rows(drop_unseen(state, plan), plan, finished)
 
 
 # --- Proposals
@@ -82,10 +83,11 @@ def _most(state, plan, reads, num_tokens):
     if not isinstance(cache, PagedKVCache):
         return most
     ones = reads.astype(jnp.int32)
-    needed = num_pages(cache, kv_lens + ones + most) - num_pages(cache, kv_lens)
+    size = cache.page_size
+    needed = num_pages(kv_lens + ones + most, size) - num_pages(kv_lens, size)
     # A row may have to copy a page that it shares.
     needed = jnp.sum(needed + ones, dtype=jnp.int32)
-    in_page = -(kv_lens + 1) % cache.page_size
+    in_page = -(kv_lens + 1) % size
     is_enough = needed <= cache.table.num_free_pages
     return jnp.where(is_enough, most, jnp.minimum(most, in_page))
 
@@ -142,19 +144,23 @@ def _logits_after(model, cache, texts, q_lens):
 
 
 def _accept(state, plan, logits, proposed, num_proposed, reads):
-    """Makes tokens as long as they are the proposed ones, and one more."""
+    """Makes tokens as long as they are the proposed ones, and one more. Tells which rows
+    are finished, and how many of the proposed tokens each has made."""
 
     def add(carry, x):
-        state, going, finished = carry
+        state, going, finished, accepted = carry
         place, logits, proposed = x
         state, new, goes_on = add_token(logits, state, plan, going)
         finished |= going & ~goes_on
-        return (state, goes_on & (place < num_proposed) & (new == proposed), finished), None
+        agrees = going & (place < num_proposed) & (new == proposed)
+        accepted += agrees.astype(jnp.int32)
+        return (state, goes_on & agrees, finished, accepted), None
 
     num_seqs, width = logits.shape[:2]
     # None is proposed for the last place.
     proposed = jnp.pad(proposed, ((0, 0), (0, 1)))
     xs = (jnp.arange(width, dtype=jnp.int32), jnp.swapaxes(logits, 0, 1), proposed.T)
-    carry = (state, reads & state.is_well, jnp.zeros(num_seqs, bool))
-    (state, _, finished), _ = jax.lax.scan(add, carry, xs)
-    return state, finished
+    none = jnp.zeros(num_seqs, jnp.int32)
+    carry = (state, reads & state.is_well, jnp.zeros(num_seqs, bool), none)
+    (state, _, finished, accepted), _ = jax.lax.scan(add, carry, xs)
+    return state, finished, accepted

@@ -78,9 +78,10 @@ class Stream(Iterator[dict[int, list[int]]]):
         **Raises:**
 
         `StopIteration` if all prompts are finished. `RuntimeError` if the run failed, after
-        which [`eqx_paged.Stream.finish`][] returns what was made until then.
+        which [`eqx_paged.Stream.finish`][] returns what was made until then. `ValueError`
+        if the last burst was interrupted, after which there is nothing to go on from.
         """
-        if self._state is None or np.all(self.finished):
+        if np.all(self.finished):
             raise StopIteration
         return self._run(self._burst)
 
@@ -149,10 +150,12 @@ class Stream(Iterator[dict[int, list[int]]]):
 
     def _run(self, num_steps: int, throw: bool = True) -> dict[int, list[int]]:
         inputs = self._inputs(num_steps)
-        # Used up: should the burst be interrupted, there is nothing to go on from.
+        # Used up: should the burst, or the wait for its report, be interrupted, there is
+        # nothing to go on from.
         state, self._state = self._held(), None
-        self._state, report = _run_burst(inputs, state)
-        new, num_new, self._open, result = jax.tree.map(np.asarray, report)
+        state, report = _run_burst(inputs, state)
+        new, num_new, still_open, result = jax.tree.map(np.asarray, report)
+        self._state, self._open = state, still_open
         self._cancelled[:] = False
         if result != RESULTS.successful:
             self._open = np.zeros_like(self._open)

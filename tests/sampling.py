@@ -148,3 +148,11 @@ def drawn(model, prompt, key, max_new_tokens, stops=(), **parameters):
         if any(new[-len(stop) :] == list(stop) for stop in stops):
             break
     return new, raws
+
+
+def continued(prompt, max_new_tokens):
+    """The most probable tokens after a prompt, by the table."""
+    logits, tokens = np.asarray(table().logits), list(prompt)
+    for _ in range(max_new_tokens):
+        tokens.append(int(np.argmax(logits[state_of(tokens[-1], len(tokens) - 1)])))
+    return tuple(tokens[len(prompt) :])

@@ -47,8 +47,8 @@ def log_probs_after(tokens):
 
 def searched(tokens, stops=(), penalty=1.0, early=False, num_beams=NUM_BEAMS, most=8):
     """`(score, tokens)` of the hypotheses, the best first; and at each step the beams, each
-    with the number of the beam before that it continues."""
-    beams, found, steps = [(0.0, ())], [], []
+    with the number of the beam before that it continues, and the hypotheses after it."""
+    beams, found, steps, kept = [(0.0, ())], [], [], []
     while beams:
         candidates = sorted(
             (
@@ -74,8 +74,9 @@ def searched(tokens, stops=(), penalty=1.0, early=False, num_beams=NUM_BEAMS, mo
             if early is True or going[0][0] / at**penalty <= found[-1][0]:
                 going = []
         steps.append([(parent, made) for _, parent, made in going])
+        kept.append(tuple(found))
         beams = [(total, made) for total, _, made in going]
-    return found, steps
+    return found, steps, kept
 
 
 def search(model, cache, prompts=PROMPTS, num_beams=NUM_BEAMS, **options):  # noqa: F811
@@ -109,8 +110,8 @@ def hypotheses(found):
     return out
 
 
-def assert_found(found, wanted):
-    assert told(found.result) == "successful"
+def assert_found(found, wanted, result="successful"):
+    assert told(found.result) == result
     for mine, theirs in zip(hypotheses(found), wanted, strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in theirs]
         # Sums of eight log-probabilities of size 10 in float32.
@@ -152,6 +153,11 @@ def test_a_search_finds_what_plain_python_finds(model):  # noqa: F811
         lengths |= {len(tokens) for of in hypotheses(found) for _, tokens in of}
         assert i == 0 or not compilations
     assert len(lengths) > 4
+    # A bool of NumPy is one.
+    found, _ = search(
+        model, rows_for_all(), stop_tokens=STOPS, early_stopping=np.bool_(True)
+    )
+    assert_found(found, wanted_of(PROMPTS, early=True))
 
 
 def test_when_to_stop_and_the_penalty_matter():
@@ -181,19 +187,19 @@ def test_a_prompt_extends_what_its_row_holds(model):  # noqa: F811
 
 
 def pages_of_a_search(prompts):
-    """The most pages in use at once, by the oracle's beams and page table."""
+    """The pages in use at each step, by the oracle's beams and page table."""
     table = oracle.PageTable(
         num_pages=1000, num_seqs=2 * SPARE[0], pages_per_seq=12, page_size=PAGE_SIZE
     )
     rows = range(0, SPARE[0], NUM_BEAMS)
     lens = {row: len(tokens) - 1 for row, tokens in zip(rows, prompts) if tokens}
     table.append([lens.get(i, 0) for i in range(2 * SPARE[0])])
-    beams, most = {row: [row] for row in lens}, []
+    beams, used = {row: [row] for row in lens}, []
     runs = {row: searched(p, STOPS)[1] for row, p in zip(rows, prompts) if p}
     for step in range(8):
         reading = [i for of in beams.values() for i in of]
         table.append([int(i in reading) for i in range(2 * SPARE[0])])
-        most.append(1000 - table.num_free_pages)
+        used.append(1000 - table.num_free_pages)
         for row, of in list(beams.items()):
             new = runs[row][step] if step < len(runs[row]) else []
             # To the other half of the rows and back.
@@ -202,7 +208,7 @@ def pages_of_a_search(prompts):
             table.free([i in of for i in range(len(table.rows))])
             beams[row] = free[: len(new)]
     assert table.num_free_pages == 1000
-    return max(most)
+    return used
 
 
 def with_free_pages(cache, num_pages):
@@ -218,7 +224,8 @@ def with_free_pages(cache, num_pages):
 
 
 def test_beams_share_the_pages_of_what_they_have_in_common(model):  # noqa: F811
-    most = pages_of_a_search(PROMPTS)
+    used = pages_of_a_search(PROMPTS)
+    most = max(used)
     apart = sum(NUM_BEAMS * math.ceil((len(p) + 7) / PAGE_SIZE) for p in PROMPTS if p)
     assert most <= 0.7 * apart
     cache = with_free_pages(rows_for_all(), most)
@@ -228,10 +235,13 @@ def test_beams_share_the_pages_of_what_they_have_in_common(model):  # noqa: F811
 
     cache = with_free_pages(rows_for_all(), most - 1)
     found, after = search(model, cache, stop_tokens=STOPS, throw=False)
-    assert told(found.result) == "out_of_pages"
     assert int(after.table.num_free_pages) == most - 1
-    for some, whole in zip(hypotheses(found), wanted_of(PROMPTS)):
-        assert len(some) <= len(whole)
+    # What the steps had found that there were pages for.
+    num_steps = used.index(most)
+    runs = [searched(p, STOPS)[2] if p else [] for p in PROMPTS]
+    kept = [run[min(num_steps, len(run)) - 1] if run else [] for run in runs]
+    assert num_steps > 1 and any(kept)
+    assert_found(found, kept, "out_of_pages")
     with pytest.raises(RuntimeError, match="not enough free pages. .* hypotheses"):
         search(model, cache, stop_tokens=STOPS)
 
@@ -305,14 +315,23 @@ def test_what_cannot_be_continued_ends_the_search():
 
 
 def test_what_does_not_fit_is_told_before_any_work(model, no_type_hook):  # noqa: F811
+    import eqx_paged
+
     cache = rows_for_all()
     before = jax.tree.map(np.array, cache)
+    contiguous = eqx_paged.RaggedKVCache.empty(
+        num_layers=1, num_seqs=16, max_len=32, num_kv_heads=1, head_dim=8
+    )
     used, _, _ = append(cache, ints([0] * 4 + [5] + [0] * 11), 512)
     for changed, options, words in (
         (cache, dict(num_beams=5), ("20", "16")),
         (cache, dict(num_beams=0), ("num_beams", "0")),
         (cache, dict(max_new_tokens=0), ("max_new_tokens", "0")),
         (cache, dict(early_stopping="no"), ("early_stopping", "no")),
+        (cache, dict(early_stopping=1), ("early_stopping", "1")),
+        (cache, dict(length_penalty=np.nan), ("length_penalty", "nan")),
+        (cache, dict(length_penalty="long"), ("length_penalty", "long")),
+        (contiguous, {}, ("PagedKVCache", "RaggedKVCache")),
         (cache, dict(stop_tokens=[0.5]), ("stop_tokens", "0.5")),
         (used, {}, ("Row 4", "prompt 1", "5 tokens")),
         (with_free_pages(cache, 4), {}, ("5 pages", "4 are free")),
@@ -324,8 +343,6 @@ def test_what_does_not_fit_is_told_before_any_work(model, no_type_hook):  # noqa
         assert len(TRACES) == traces
     with fails_naming(("Prompt 1", "21", "20")):
         prompts, lens = padded(PROMPTS)
-        import eqx_paged
-
         eqx_paged.beam_search(
             model, cache, prompts, lens.at[1].set(21), num_beams=2, max_new_tokens=2
         )

@@ -270,8 +270,14 @@ def test_what_does_not_fit_is_told(no_type_hook):
 
     cache, _ = store(empty(), ints((16, 3, 0, 0)), kv_of(range(19)), 48)
     index, tokens = new_index(), np.zeros((4, 20), np.int32)
+    wide = tokens + np.int64(2**32)
     for call, words in (
-        (lambda: index.fork(cache, np.zeros((5, 20)), np.zeros(5)), ("5", "4")),
+        (lambda: index.fork(cache, np.zeros((5, 20), int), np.zeros(5, int)), ("5", "4")),
+        (lambda: index.fork(cache, tokens + 0.5, ints([2] * 4)), ("prompts", "float64")),
+        (lambda: index.fork(cache, tokens, np.full(4, 1.9)), ("prompt_lens", "float64")),
+        (lambda: index.fork(cache, wide, ints([2] * 4)), ("int32", str(2**32))),
+        (lambda: index.insert(cache, tokens, np.full(4, 1.9)), ("lengths", "float64")),
+        (lambda: index.insert(cache, [[1, 2]], ints((2,))), ("tokens", "[[1, 2]]")),
         (lambda: index.fork(cache, tokens, ints((0, 21, 0, 0))), ("Prompt 1", "21", "20")),
         (lambda: index.fork(cache, tokens, ints((0, 1))), ("(4, 20)", "(2,)")),
         (lambda: index.insert(cache, tokens, ints((16, 4, 0, 0))), ("row 1", "4", "3")),

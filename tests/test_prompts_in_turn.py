@@ -1,6 +1,7 @@
 """More prompts than rows, against a full recompute of each prompt by itself."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, HealthCheck, settings, strategies as st
 
+from . import sampling
 from .helpers import assert_trees_identical, ints, told
 from .test_generate import (
     answers,
@@ -22,6 +24,7 @@ from .test_generate import (
     model,  # noqa: F401  a fixture
     NUM_KV_HEADS,
     NUM_LAYERS,
+    padded,
     PAGE_SIZE,
     prompt,
     TRACES,
@@ -165,39 +168,126 @@ def test_a_row_that_alone_has_too_few_pages_ends_the_run(model):  # noqa: F811
     assert_all_free(cache)
 
 
+def test_a_prompt_that_can_never_be_read_ends_the_run(monkeypatch, fresh_traces):
+    """Even if nobody has checked that it can."""
+    import eqx_paged
+    from eqx_paged import _generate
+
+    fine = eqx_paged.RESULTS.successful
+    monkeypatch.setattr(_generate, "result_of_prompts", lambda cache, plan: fine)
+    prompts, arrays = PROMPTS[:2], padded(PROMPTS[:2])
+    generation, cache = eqx_paged.generate(
+        sampling.table(), sampling.empty(1, 2), *arrays, max_new_tokens=2, throw=False
+    )
+    assert told(generation.result) == "out_of_pages"
+    assert answers(generation) == [sampling.continued(prompts[0], 2), ()]
+    assert_all_free(cache)
+
+
 @st.composite
-def arrivals(draw):
-    """Prompts in some order, some of them again; limits; stop tokens; free pages."""
+def arrivals(draw, answers, most_pages=MAX_LEN):
+    """Prompts in some order, some of them again; limits; stop tokens; free pages.
+
+    - `answers`: what may be made of each.
+    - `most_pages`: what a row has of them at a time.
+    """
     n = len(PROMPTS)
     order = draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n))
     limits = draw(st.lists(st.integers(0, MAX_NEW_TOKENS), min_size=n, max_size=n))
-    made = sorted({token for tokens in expected(PROMPTS) for token in tokens})
+    made = sorted({token for tokens in answers for token in tokens})
     stops = draw(st.lists(st.sampled_from(made), max_size=3))
     # As many pages as the longest prompt needs by itself, at least.
     lens = [len(PROMPTS[i]) + max(0, limit - 1) for i, limit in zip(order, limits)]
-    num_free = draw(st.integers(max(1, -(-max(lens) // PAGE_SIZE)), 12))
-    free = draw(st.permutations(range(12)))[:num_free]
+    least = min(most_pages, max(1, -(-max(lens) // PAGE_SIZE)))
+    free = draw(st.permutations(range(12)))[: draw(st.integers(least, 12))]
     return order, limits, stops, free
 
 
-@settings(
+def cut(tokens, limit, stops):
+    """What is made of a prompt that ends at a limit or a stop token."""
+    ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
+    return tokens[: min([limit, *ends])]
+
+
+thorough = settings(
     max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(case=arrivals())
-def test_whatever_arrives_is_continued_as_by_itself(model, case):  # noqa: F811
-    order, limits, stops, free = case
+
+
+@thorough
+@given(data=st.data())
+def test_whatever_arrives_is_continued_as_by_itself(model, data):  # noqa: F811
+    order, limits, stops, free = data.draw(arrivals(expected(PROMPTS)))
     prompts = [PROMPTS[i] for i in order]
     cache = with_free_pages(poisoned(empty(num_seqs=2, num_pages=12)), free)
     # Of one shape, so that one program serves all.
     options = dict(limits=np.array(limits), stop_tokens=[*stops, *[-1] * (3 - len(stops))])
     generation, cache = generate(model, cache, prompts, **options)
-    new = [made[:n] for made, n in zip(expected(prompts, stops), limits)]
-    assert answers(generation) == new
+    whole = expected(prompts)
+    assert answers(generation) == [cut(made, n, stops) for made, n in zip(whole, limits)]
     assert_free(cache, free)
     held = np.setdiff1d(np.arange(12), free)
     for pool in jax.tree.leaves(cache.layers):
         assert np.all(np.isnan(pool[held])), "a page that was not free was written"
+
+
+KEY = jax.random.key(3)
+CHAIN = dict(temperature=1.2, top_p=0.9)
+
+
+@functools.cache
+def drawn():
+    """What is drawn of each prompt by its own key, by itself."""
+    table, keys = sampling.table(), [jax.random.fold_in(KEY, i) for i in range(10)]
+    return [
+        tuple(sampling.drawn(table, text, key, MAX_NEW_TOKENS, **CHAIN)[0])
+        for text, key in zip(PROMPTS, keys)
+    ]
+
+
+def draft_of(kind, num_seqs):
+    import eqx_paged
+
+    if kind != "model":
+        return None if kind is None else eqx_paged.PromptLookup(3, max_ngram=1)
+    table = sampling.table()
+    like = eqx.tree_at(lambda t: t.logits, table, table.logits * 0.8)
+    return eqx_paged.DraftModel(like, sampling.empty(num_seqs, 12), num_tokens=3)
+
+
+# A chunk of 32 tokens and a window of 10 are up to six pages, and a prompt with its answer
+# up to four: of which there are all, or as few as that.
+@pytest.mark.parametrize(
+    "num_seqs, window, draft",
+    (
+        (3, 10, None),
+        pytest.param(1, None, "look-up", marks=pytest.mark.slow),
+        pytest.param(3, None, "model", marks=pytest.mark.slow),
+        pytest.param(3, 10, "model", marks=pytest.mark.slow),
+    ),
+)
+@thorough
+@given(data=st.data())
+def test_whatever_arrives_is_drawn_as_by_itself(num_seqs, window, draft, data):
+    import eqx_paged
+
+    order, limits, stops, free = data.draw(arrivals(drawn()))
+    generation, cache = eqx_paged.generate(
+        sampling.table(),
+        with_free_pages(sampling.empty(num_seqs, 12), free),
+        *padded([PROMPTS[i] for i in order]),
+        max_new_tokens=MAX_NEW_TOKENS,
+        limits=np.array(limits),
+        stop_tokens=[*stops, *[-1] * (3 - len(stops))],
+        sampler=sampling.chain_of(CHAIN),
+        key=jax.vmap(jax.random.fold_in, (None, 0))(KEY, ints(order)),
+        draft=draft_of(draft, num_seqs),
+        window=window,
+        prefill_chunk=32,
+    )
+    assert answers(generation) == [cut(drawn()[i], n, stops) for i, n in zip(order, limits)]
+    assert_free(cache, free)

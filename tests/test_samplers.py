@@ -185,6 +185,8 @@ def test_a_step_and_a_draw_may_be_your_own():
         *(("repetition_penalty", p) for p in (0.0, -1.0, np.inf)),
         *((f"{name}_penalty", np.nan) for name in ("presence", "frequency")),
         *(("logit_bias", b) for b in ({-1: 0.0}, {2**31: 0.0}, {0: np.inf}, {0: np.nan})),
+        *(("logit_bias", b) for b in ({1.7: 2.0}, {True: 1.0}, {"a": 1.0})),
+        *(("top_p", p) for p in (0.5 + 0j, np.array([0.5, 0.5 + 1j]))),
         ("logit_bias", []),
     ),
 )

@@ -10,14 +10,19 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from . import sampling
-from .helpers import ints, told
+from .helpers import append, ints, quick_jit, told
 from .test_generate import (
     answers,
     continued,
     empty,
     expected,
     generate,
+    HEAD_DIM,
+    held,
+    MAX_LEN,
     model,  # noqa: F401  a fixture
+    NUM_KV_HEADS,
+    NUM_LAYERS,
     prompt,
     weights,
 )
@@ -73,9 +78,9 @@ def draft_of(model, cache, *, noise=0.0, num_tokens=3):  # noqa: F811
 @pytest.mark.parametrize(
     "num_seqs, num_pages, noise",
     (
-        (1, 4, 0.4),
+        (3, 5, 0.4),
         pytest.param(3, 5, 0.0, marks=pytest.mark.slow),
-        pytest.param(3, 5, 0.4, marks=pytest.mark.slow),
+        pytest.param(1, 4, 0.4, marks=pytest.mark.slow),
         pytest.param(4, 32, 0.0, marks=pytest.mark.slow),
     ),
 )
@@ -106,9 +111,9 @@ def test_rows_go_on_where_a_draft_left_them(model):  # noqa: F811
     cache = poisoned(empty())
     draft = draft_of(model, cache, noise=0.4)
     made, cache = generate(model, cache, first, max_new_tokens=5, draft=draft)
-    held = [len(x) + 4 if x else 0 for x in first]
-    assert cache.kv_lens.tolist() == held
-    assert made.drafted.cache.kv_lens.tolist() == held
+    lens = [len(x) + 4 if x else 0 for x in first]
+    assert cache.kv_lens.tolist() == lens
+    assert made.drafted.cache.kv_lens.tolist() == lens
     second = tuple(
         (*answer[-1:], *prompt(i, 3)) if answer else ()
         for i, answer in enumerate(answers(made))
@@ -144,6 +149,27 @@ def test_a_text_that_repeats_itself_takes_few_steps():
     assert cache.kv_lens.tolist() == [len(x) - 1 for x in prompts]
     # Eight a step, but where the text has not begun to repeat itself.
     assert np.all(np.asarray(generation.drafted.accepted) >= 24)
+
+
+def test_a_drafted_stop_token_is_accepted():
+    """It is what the model makes as well, though nothing comes after it."""
+    import eqx_paged
+
+    successor = np.roll(np.eye(sampling.VOCAB, dtype=np.float32), 1, axis=1)
+    text = np.array([[*range(8), 0]])
+    generation, _ = eqx_paged.generate(
+        Chain(jnp.asarray(successor)),
+        sampling.empty(num_seqs=1, num_pages=6),
+        text,
+        np.array([9]),
+        max_new_tokens=20,
+        stop_tokens=(3,),
+        draft=eqx_paged.PromptLookup(7),
+    )
+    # 1 comes of the prompt, and what followed it there is proposed: 2, 3, 4 and so on.
+    assert answers(generation) == [(1, 2, 3)]
+    assert generation.drafted.proposed.tolist() == [7]
+    assert generation.drafted.accepted.tolist() == [2]
 
 
 PARAMETERS = dict(temperature=1.5, presence_penalty=0.7, top_p=0.9)
@@ -223,6 +249,101 @@ def test_limits_and_the_ends_of_rows_bound_what_is_drafted(model):  # noqa: F811
             assert new == continued(text)[:limit]
 
 
+@pytest.mark.slow
+def test_drafts_over_a_contiguous_cache(model):  # noqa: F811
+    import eqx_paged
+
+    cache = eqx_paged.RaggedKVCache.empty(
+        num_layers=NUM_LAYERS,
+        num_seqs=4,
+        max_len=MAX_LEN,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+    )
+    ragged = eqx.tree_at(lambda m: m.attention, model, eqx_paged.RaggedAttention())
+    texts = (PROMPTS[0], PROMPTS[3], (), PROMPTS[1])
+    for draft in (
+        draft_of(ragged, cache, noise=0.4),
+        draft_of(model, poisoned(empty(num_pages=4 * 12)), noise=0.4),
+    ):
+        generation, after = generate(ragged, cache, texts, draft=draft)
+        assert answers(generation) == expected(texts)
+        assert after.kv_lens.tolist() == held(texts, expected(texts))
+        drafted = generation.drafted
+        assert drafted.cache.kv_lens.tolist() == after.kv_lens.tolist()
+        assert 0 < int(drafted.accepted.sum()) < int(drafted.proposed.sum())
+
+
+def test_pages_of_a_draft_for_what_a_contiguous_cache_has_room_for():
+    """Room for three pages' tokens a row, one of which is in use."""
+    import eqx_paged
+
+    table = sampling.table()
+    contiguous = eqx_paged.RaggedKVCache.empty(
+        num_layers=1, num_seqs=1, max_len=24, num_kv_heads=1, head_dim=8
+    )
+    cache, _, _ = append(contiguous, ints((4,)), 8)
+    _, texts, lens = sampling.prompts_of((5,))
+
+    def stream(num_pages):
+        own, _, _ = append(sampling.empty(1, num_pages, max_len=24), ints((4,)), 8)
+        draft = eqx_paged.DraftModel(table, own, num_tokens=3)
+        return eqx_paged.stream(table, cache, texts, lens, max_new_tokens=30, draft=draft)
+
+    with pytest.raises(ValueError, match="has 1 free pages, but may need 2"):
+        stream(2)
+    stream(3)
+
+
+def test_what_a_draft_runs_out_of_leaves_both_caches_alike():
+    """Where it cannot be known before, since the caches are traced."""
+    import eqx_paged
+
+    table = sampling.table()
+
+    @eqx.filter_jit
+    def run(cache, own, texts, lens):
+        draft = eqx_paged.DraftModel(table, own, num_tokens=3)
+        options = dict(max_new_tokens=30, prefill_chunk=8, draft=draft, throw=False)
+        return eqx_paged.generate(table, cache, texts, lens, **options)
+
+    texts, padded, lens = sampling.prompts_of((5, 20))
+    for i, text in enumerate(texts):
+        arguments = padded[i : i + 1], lens[i : i + 1]
+        generation, cache = run(sampling.empty(1, 8), sampling.empty(1, 2), *arguments)
+        assert told(generation.result) == "out_of_pages"
+        made = answers(generation)[0]
+        assert made == sampling.continued(text, 30)[: len(made)]
+        # Two pages of a chunk each; or as many tokens as there is room for, but for those
+        # of the last draft.
+        stored = 16 if len(text) == 20 else len(text) + len(made) - 1
+        assert 12 < stored <= 16
+        assert cache.kv_lens.tolist() == [stored]
+        assert generation.drafted.cache.kv_lens.tolist() == [stored]
+
+
+def test_a_draft_may_have_to_copy_what_it_alone_shares():
+    import eqx_paged
+
+    table = sampling.table()
+    _, texts, lens = sampling.prompts_of((3, 2))
+    apart, _, _ = append(sampling.empty(2, 6), ints((5, 5)), 16)
+
+    def sharing(num_pages):
+        cache, _, _ = append(sampling.empty(2, num_pages), ints((5, 0)), 16)
+        return quick_jit(lambda cache: cache.fork(0, 1)[0])(cache)
+
+    def stream(cache, own):
+        draft = eqx_paged.DraftModel(table, own)
+        return eqx_paged.stream(table, cache, texts, lens, max_new_tokens=9, draft=draft)
+
+    # Four pages are free on either side, of which the draft needs one for its copy.
+    with pytest.raises(ValueError, match="has 4 free pages, but may need 5"):
+        stream(apart, sharing(5))
+    for cache, own in ((apart, sharing(6)), (sharing(6), sharing(6)), (apart, apart)):
+        stream(cache, own)
+
+
 @pytest.mark.parametrize("num_tokens, ngrams", ((0, {}), (2, dict(max_ngram=0))))
 def test_a_look_up_of_nothing_is_refused(num_tokens, ngrams):
     import eqx_paged
@@ -239,7 +360,7 @@ def test_a_look_up_of_nothing_is_refused(num_tokens, ngrams):
         (dict(num_seqs=3), "num_seqs of the other one, but has 3 and the other 4"),
         (dict(page_size=16), "page_size of the other one, but has 16 and the other 8"),
         (dict(max_len=88), "room for 88 tokens a row, but the other one for 96"),
-        (dict(num_pages=16), "16 free pages, but the other one can take 17"),
+        (dict(num_pages=16), "16 free pages, but may need 17"),
     ),
 )
 def test_a_draft_whose_cache_is_too_small_is_refused(model, changed, said):  # noqa: F811

@@ -107,20 +107,33 @@ def test_a_row_is_emptied_by_cancel_and_kept_by_stop(by_index):  # noqa: F811
 def test_an_interrupted_stream_leaves_the_cache_alone(monkeypatch):
     from eqx_paged import _stream
 
-    def interrupted(*_):
+    class Interrupted:
+        """What is still being computed when it is asked for."""
+
+        def __array__(self, *_, **__):
+            raise KeyboardInterrupt
+
+    def before_it_begins(inputs, state):
         raise KeyboardInterrupt
 
-    cache = empty(8, 24)
+    def while_it_is_waited_for(inputs, state):
+        state, (_, *report) = run_burst(inputs, state)
+        return state, (Interrupted(), *report)
+
+    run_burst, cache = _stream._run_burst, empty(8, 24)
     before = copied(cache)
-    bursts = stream(cache)
-    next(bursts)
-    monkeypatch.setattr(_stream, "_run_burst", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    for interrupted in (before_it_begins, while_it_is_waited_for):
+        bursts = stream(cache)
         next(bursts)
-    assert list(bursts) == []
-    with pytest.raises(ValueError, match="interrupted"):
-        bursts.finish()
-    assert_trees_identical(cache, before)
+        with monkeypatch.context() as patched:
+            patched.setattr(_stream, "_run_burst", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(bursts)
+        # Its tokens are lost: to go on would be to leave them out.
+        for call in (bursts.__next__, bursts.finish, lambda: bursts.num_free_pages):
+            with pytest.raises(ValueError, match="interrupted"):
+                call()
+        assert_trees_identical(cache, before)
 
 
 def test_a_run_that_fails_tells_what_was_made(by_index):  # noqa: F811

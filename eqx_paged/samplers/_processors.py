@@ -11,7 +11,7 @@ from jaxtyping import Array, Real
 from ._processor import Processor
 
 
-Parameter = float | int | np.number | Real[Array | np.ndarray, "..."]
+Parameter = float | int | np.integer | np.floating | Real[Array | np.ndarray, "..."]
 """One number for all prompts, or an array of one a prompt."""
 
 # Below it, logits of a usual size might overflow.
@@ -147,7 +147,8 @@ def logit_bias(biases: Mapping[int, float] | Sequence[Mapping[int, float]]) -> P
 
     **Raises:**
 
-    `ValueError` for a token below 0 or above an int32, and for a bias that is NaN or `inf`.
+    `ValueError` for a token that is no integer, below 0 or above an int32, and for a bias
+    that is NaN or `inf`.
     """
     each = [biases] if isinstance(biases, Mapping) else list(biases)
     if not each:
@@ -156,8 +157,9 @@ def logit_bias(biases: Mapping[int, float] | Sequence[Mapping[int, float]]) -> P
         )
     for one in each:
         for token, bias in one.items():
-            if not 0 <= token < INT32_MAX:
-                raise ValueError(f"logit_bias has no token {token}: it is no int32 from 0.")
+            is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+            if not is_int or not 0 <= token < INT32_MAX:
+                raise ValueError(f"logit_bias has no token {token!r}: no int32 from 0.")
             if not bias < np.inf:
                 raise ValueError(
                     f"The bias of token {token} must be below inf, not {bias}."
@@ -182,8 +184,10 @@ def _parameter(
     """A parameter with an axis of prompts; its values are checked unless it is traced."""
     is_traced = isinstance(value, jax.core.Tracer)
     array = value if is_traced else np.asarray(value)
-    kind, words = (np.integer, "an integer") if integer else (np.number, "a number")
-    if array.ndim > 1 or not jnp.issubdtype(array.dtype, kind):
+    kinds, words = (np.integer, np.floating), "a real number"
+    if integer:
+        kinds, words = (np.integer,), "an integer"
+    if array.ndim > 1 or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise ValueError(
             f"{name} must be {words} or an array of one a prompt, but is {array.dtype} of "
             f"shape {array.shape}."
