@@ -39,9 +39,10 @@ def _promised(state, plan):
     size, is_active = state.cache.page_size, active(state, plan)
     lengths = known(state, plan).at[state.prompt].get(mode="fill", fill_value=0)
     pages = num_pages(lengths, size) + is_active.astype(jnp.int32)
-    if plan.window is not None:
-        of_step = jnp.where(reading(state, plan), plan.num_tokens, plan.most_per_step)
-        pages = jnp.minimum(pages, most_pages(plan, size, of_step))
+    of_step = jnp.where(reading(state, plan), plan.num_tokens, plan.most_per_step)
+    most = most_pages(plan, size, of_step)
+    if most is not None:
+        pages = jnp.minimum(pages, most)
     # Without those of tokens that were dropped.
     held = num_pages(state.cache.kv_lens, size) - state.cache.table.starts // size
     return jnp.maximum(pages - held, 0)
