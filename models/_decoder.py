@@ -14,6 +14,7 @@ from eqx_paged import (
     RaggedBatch,
     RaggedKVCache,
 )
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from ._config import DecoderConfig
@@ -284,8 +285,15 @@ class Decoder(eqx.Module):
         }
 
 
-@eqx.filter_jit
 def _enter(decoder, tokens, positions, max_len):
+    # XLA on CPU would compute cosines and sines again in each layer, for each of its heads,
+    # but does not look into a call.
+    with set_xla_metadata(inlineable="false"):
+        return _entered(decoder, tokens, positions, max_len)
+
+
+@eqx.filter_jit
+def _entered(decoder, tokens, positions, max_len):
     return decoder._embed(tokens), decoder._rotaries(positions, max_len)
 
 

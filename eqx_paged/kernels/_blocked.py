@@ -4,6 +4,7 @@ Only blocks of keys that a tile may see are fetched, and nothing of the size tok
 context is ever made. Where the keys come from is the caller's: pages or a buffer.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,10 +14,8 @@ from jaxtyping import Array, Float, Int32
 from ._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 
 
-# Queries of a tile and keys of a block. A block of 8 heads of 128 floats is 1 MiB, and the
-# logits of a tile with 4 queries a kv head 2 MiB.
-QUERY_TILE = 64
-KEY_BLOCK = 256
+# Queries of a tile: from 4 queries a kv head on, XLA works on its products with all cores.
+QUERY_TILE = 128
 
 Fetch = Callable[
     [Int32[Array, ""], Int32[Array, ""]],
@@ -29,6 +28,13 @@ Fetch = Callable[
 
 # Output, largest logit and denominator of each query, or the first of these.
 Results = tuple[Float[Array, "num_queries num_heads *head_dim"], ...]
+
+
+def key_block(max_len: int) -> int:
+    """Keys of a block: many are faster in a long context, but the first tokens of a row do
+    not see most of them. 256 keys of 8 heads of 128 floats are 1 MiB.
+    """
+    return 128 if max_len <= 1024 else 256
 
 
 def split_rows(
@@ -86,14 +92,12 @@ def blocked_attention(
     group = num_heads // num_kv_heads
     tile = min(QUERY_TILE, num_tokens)
     heads = (num_kv_heads, group)
-    # Queries as [num_kv_heads, group, tokens, head_dim], so that a tile is one slice and
-    # a kv head's queries are the rows of one product. The padding is what the last tile
-    # may reach past the end.
+    # The padding is what the last tile may reach past the end.
     queries = jnp.pad(q.astype(jnp.float32), ((0, tile), (0, 0), (0, 0)))
-    queries = queries.reshape(num_tokens + tile, *heads, head_dim).transpose(1, 2, 0, 3)
-    queries = queries * sm_scale
+    queries = queries.reshape(-1, *heads, head_dim) * sm_scale
     if k_scale is not None:  # the keys' factor as well, and there are fewer queries
-        queries = queries * k_scale[:, None, None, None]
+        queries = queries * k_scale[None, :, None, None]
+    sinks = None if sinks is None else sinks.reshape(*heads, 1)
     ends = jnp.cumsum(-(-q_lens // tile))
 
     def attend_tile(item, row):
@@ -105,7 +109,8 @@ def blocked_attention(
             seen_from = jnp.maximum(seen_from, first)
         seen_to = jnp.minimum(here[-1] + 1, kv_lens[row])
         start = q_starts[row] + offset
-        q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile, axis=2)
+        # A kv head's queries are the rows of one product.
+        q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile).transpose(1, 2, 0, 3)
 
         def add_block(carry):
             at, m, l, acc = carry
@@ -136,48 +141,36 @@ def blocked_attention(
                 jnp.zeros((*heads, tile, head_dim), jnp.float32),
             ),
         )
+        out = normalise(acc, m, l, sinks)
+        if v_scale is not None:
+            out = out * v_scale[:, None, None, None]
         exists = offset + jnp.arange(tile, dtype=jnp.int32) < q_lens[row]
-        return start, exists, m, l, acc
+        return start, exists, (out.astype(q.dtype), m, l)
 
     def work_off_a_tile(carry):
-        item, m, l, acc = carry
+        item, *whole = carry
         row = jnp.sum(item >= ends, dtype=jnp.int32)
-        start, exists, tile_m, tile_l, tile_acc = attend_tile(item, row)
-        return (
-            item + 1,
-            _put(m, tile_m, exists[None, None], start),
-            _put(l, tile_l, exists[None, None], start),
-            _put(acc, tile_acc, exists[None, None, :, None], start),
-        )
+        start, exists, part = attend_tile(item, row)
+        return item + 1, *map(functools.partial(_put, exists, start), whole, part)
 
-    padded = (*heads, num_tokens + tile)
-    _, m, l, acc = jax.lax.while_loop(
+    per_query = (num_tokens + tile, *heads)
+    _, *whole = jax.lax.while_loop(
         lambda carry: carry[0] < ends[-1],
         work_off_a_tile,
         (
             jnp.int32(0),
-            jnp.full(padded, DEFAULT_MASK_VALUE, jnp.float32),
-            jnp.zeros(padded, jnp.float32),
-            jnp.zeros((*padded, head_dim), jnp.float32),
+            jnp.zeros((*per_query, head_dim), q.dtype),
+            jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
+            jnp.zeros(per_query, jnp.float32),
         ),
     )
-    sinks = None if sinks is None else sinks.reshape(*heads, 1)
-    out = normalise(acc, m, l, sinks)
-    if v_scale is not None:
-        out = out * v_scale[:, None, None, None]
-    out, m, l = (_per_token(x, num_tokens, num_heads) for x in (out, m, l))
-    return out.astype(q.dtype), m, l
+    return tuple(x[:num_tokens].reshape(num_tokens, num_heads, *x.shape[3:]) for x in whole)
 
 
-def _put(whole, part, exists, start):
+def _put(exists, start, whole, part):
     # A tile may reach into the next row's tokens, which stay as they are.
-    size = part.shape[2]
-    old = jax.lax.dynamic_slice_in_dim(whole, start, size, axis=2)
+    part = jnp.moveaxis(part, 2, 0)
+    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0])
+    exists = exists.reshape(-1, *(1,) * (part.ndim - 1))
     new = jnp.where(exists, part, old)
-    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, axis=2)
-
-
-def _per_token(x, num_tokens, num_heads):
-    # [num_kv_heads, group, padded tokens, ...] -> [num_tokens, num_heads, ...]
-    x = jnp.moveaxis(x[:, :, :num_tokens], 2, 0)
-    return x.reshape(num_tokens, num_heads, *x.shape[3:])
+    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, axis=0)

@@ -1,3 +1,4 @@
+import equinox as eqx
 import eqx_paged
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,21 @@ def test_one_layer_is_traced_for_all(monkeypatch):
     config = DecoderConfig.from_dict(options)
     shapes = jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0))
     assert len(shapes.layers) == 40 and len(traced) == 1
+
+
+def test_angles_are_computed_once_for_all_layers_and_heads(getkey):
+    decoder = random_decoder(getkey, num_hidden_layers=2)
+    cache = paged_cache(decoder, num_seqs=2, max_len=32)
+
+    @eqx.filter_jit
+    def step(decoder, cache, tokens):
+        q_lens = jnp.full(2, 9, jnp.int32)
+        cache, batch, _ = cache.append(q_lens, num_tokens=24)
+        return decoder(tokens, cache, batch)
+
+    tokens = jnp.zeros(24, jnp.int32)
+    program = step.lower(decoder, cache, tokens).compile().compiled.as_text()
+    assert (program.count(" cosine("), program.count(" sine(")) == (1, 1)
 
 
 def test_gradients_reach_every_weight(getkey):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import blocked_attention, KEY_BLOCK, Results, split_rows
+from .._blocked import blocked_attention, key_block, Results, split_rows
 from .._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import values_of
 
@@ -101,7 +101,7 @@ def ragged_chunk_attention(
     **options: Any,
 ) -> Results:
     """Packed rows of queries, as in `ragged_paged_attention`."""
-    block = min(KEY_BLOCK, k.shape[1])
+    block = min(key_block(k.shape[1]), k.shape[1])
 
     def fetch(row, start):
         # Positions past the buffer repeat its last one, and are hidden by its length.
@@ -110,7 +110,7 @@ def ragged_chunk_attention(
         return _by_head(block_k), _by_head(block_v)
 
     def decode(queries, lengths):
-        return ragged_gqa(queries, k, v, lengths, starts, block_size=KEY_BLOCK, **options)
+        return ragged_gqa(queries, k, v, lengths, starts, block_size=block, **options)
 
     def prefill(q_starts, q_lens):
         return blocked_attention(

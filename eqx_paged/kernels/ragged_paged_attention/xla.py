@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import blocked_attention, KEY_BLOCK, Results, split_rows
+from .._blocked import blocked_attention, key_block, Results, split_rows
 from .._pages import page_size_of, unpack
 from ..paged_attention.xla import paged_attention
 
@@ -29,6 +29,7 @@ def ragged_paged_attention(
     **options: Any,
 ) -> Results:
     page_size = page_size_of(k_pages, q.shape[2])
+    num_pages = max(1, key_block(page_indices.shape[1] * page_size) // page_size)
     options = dict(options, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
 
     def decode(queries, kv_lens):
@@ -37,13 +38,13 @@ def ragged_paged_attention(
     def prefill(q_starts, q_lens):
         return blocked_attention(
             q,
-            _fetch_pages(k_pages, v_pages, page_indices, kv_lens, q.shape[2]),
+            _fetch_pages(k_pages, v_pages, page_indices, kv_lens, q.shape[2], num_pages),
             q_starts,
             q_lens,
             jnp.zeros_like(kv_lens),
             kv_lens,
             num_kv_heads=k_pages.shape[1],
-            block=_pages_per_block(page_size) * page_size,
+            block=num_pages * page_size,
             align=page_size,
             **options,
         )
@@ -51,13 +52,8 @@ def ragged_paged_attention(
     return split_rows(q, kv_lens, cu_q_lens, num_seqs, decode=decode, prefill=prefill)
 
 
-def _pages_per_block(page_size):
-    return max(1, KEY_BLOCK // page_size)
-
-
-def _fetch_pages(k_pages, v_pages, page_indices, kv_lens, head_dim):
+def _fetch_pages(k_pages, v_pages, page_indices, kv_lens, head_dim, num_pages):
     page_size = page_size_of(k_pages, head_dim)
-    num_pages = _pages_per_block(page_size)
 
     def fetch(row, start):
         page = start // page_size + jnp.arange(num_pages, dtype=jnp.int32)
