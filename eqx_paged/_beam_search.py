@@ -193,5 +193,7 @@ def _check_length_penalty(penalty):
         return
     array = np.asarray(penalty)
     is_real = any(jnp.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating))
-    if array.shape != () or not is_real or not np.isfinite(array):
+    # As what it is used: a larger one is infinite in float32.
+    largest = np.finfo(np.float32).max
+    if array.shape != () or not is_real or not abs(array) <= largest:
         raise ValueError(f"length_penalty must be a finite number, but is {penalty!r}.")

@@ -9,6 +9,9 @@ from ._results import RESULTS
 from .kernels._arguments import check_array
 
 
+INT32_MAX = int(np.iinfo(np.int32).max)
+
+
 def check_page_size(page_size: int) -> None:
     check_positive(page_size=page_size)
     if not 8 <= page_size <= 256 or page_size & (page_size - 1):
@@ -21,12 +24,14 @@ def check_positive(**counts: int) -> None:
     check_int(least=1, **counts)
 
 
-def check_int(*, least: int, **counts: int) -> None:
+def check_int(*, least: int, greatest: int | None = None, **counts: int) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
             raise ValueError(f"{name} must be an int, but is {count!r}.")
         if count < least:
             raise ValueError(f"{name} must be at least {least}, but is {count}.")
+        if greatest is not None and count > greatest:
+            raise ValueError(f"{name} must be at most {greatest}, but is {count}.")
 
 
 def check_cache(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:

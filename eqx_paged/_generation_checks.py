@@ -1,5 +1,7 @@
 """What is checked of the arguments of `generate` before any work."""
 
+from collections.abc import Collection
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from ._cache import PagedKVCache
 from ._draft_model import DraftModel
 from ._page_needs import num_copies, num_pages, pages_before_work, whole_lens
 from ._prompt_lookup import PromptLookup
+from ._ragged_cache import RaggedKVCache
 from .kernels._arguments import check_array
+from .samplers._processor import Processor
 
 
 def is_traced(tree):
@@ -37,6 +41,25 @@ def check_prompts(prompts, prompt_lens, names=("prompts", "prompt_lens")):
         _check_int32(name, array)
 
 
+def check_cache_of_loop(cache):
+    if not isinstance(cache, (PagedKVCache, RaggedKVCache)):
+        raise ValueError(
+            f"cache must be a PagedKVCache or a RaggedKVCache, but is {cache!r}."
+        )
+
+
+def check_sampler(sampler):
+    if isinstance(sampler, Processor):
+        raise ValueError(
+            f"sampler must choose tokens, but {sampler.name} is a step of samplers.chain, "
+            "which ends in what does."
+        )
+    if not callable(sampler):
+        raise ValueError(
+            f"sampler must be a function (logits, key) -> tokens, but is {sampler!r}."
+        )
+
+
 def check_stop_tokens(tokens):
     array = tokens
     if not hasattr(tokens, "dtype"):
@@ -51,6 +74,8 @@ def check_stop_sequences(sequences):
     if hasattr(sequences, "dtype"):
         _check_padded_sequences(sequences)
         return
+    if not isinstance(sequences, Collection):
+        raise ValueError(f"stop_sequences must be lists of tokens, but is {sequences!r}.")
     for sequence in sequences:
         array = np.asarray(sequence)
         integers = jnp.issubdtype(array.dtype, jnp.integer)

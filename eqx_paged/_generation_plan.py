@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._cache import PagedKVCache
-from ._checks import check_int, check_positive, first_of
+from ._checks import check_int, check_positive, first_of, INT32_MAX
 from ._draft_model import DraftModel
 from ._generation_checks import (
+    check_cache_of_loop,
     check_draft,
     check_draft_pages,
     check_key,
     check_limits,
     check_prompts,
+    check_sampler,
     check_stop_sequences,
     check_stop_tokens,
     is_traced,
@@ -45,10 +47,12 @@ def plan_of(
     The plan has as many prompts as the cache has rows, at least: so another number of
     prompts that all have a row is no other program.
     """
-    check_int(max_new_tokens=max_new_tokens, least=0)
+    check_cache_of_loop(cache)
+    check_int(max_new_tokens=max_new_tokens, least=0, greatest=INT32_MAX)
     check_positive(prefill_chunk=prefill_chunk)
     if window is not None:
-        check_positive(window=window)
+        check_int(window=window, least=1, greatest=INT32_MAX)
+    check_sampler(sampler)
     check_prompts(prompts, prompt_lens)
     check_stop_tokens(stop_tokens)
     check_stop_sequences(stop_sequences)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from ._cache import PagedKVCache
 from ._checks import check_int
 from ._generation_checks import check_prompts
+from ._page_needs import pages_to_read
 from ._page_table import PageTable
 from ._results import RESULTS
 
@@ -142,6 +143,7 @@ class PrefixIndex:
             _check_goes_with(result)
             cache = dataclasses.replace(cache, table=table)
         num_found = num_found[: len(prompts)]
+        rest_lens = prompt_lens - num_found
         index = dataclasses.replace(
             self,
             entries=MappingProxyType({**self.entries, **used}),
@@ -149,12 +151,7 @@ class PrefixIndex:
             num_tokens=self.num_tokens + int(prompt_lens[held[: len(prompts)] == 0].sum()),
             num_hits=self.num_hits + int(num_found.sum()),
         )
-        rest_lens = prompt_lens - num_found
-        ends = np.asarray(cache.kv_lens)[: len(prompts)]
-        # The last new token is not stored.
-        ends = np.stack([ends, ends + rest_lens + max(max_new_tokens - 1, 0)])
-        needed = -(-ends // size)
-        needed = int(np.sum((needed[1] - needed[0])[prompt_lens > 0]))
+        needed = _pages_needed(cache.table, rest_lens, max_new_tokens)
         index, cache = index.evict(cache, needed)
         rest = np.zeros_like(prompts)
         for row, tokens, first, n in zip(rest, prompts, num_found, rest_lens, strict=True):
@@ -302,6 +299,17 @@ class PrefixIndex:
 _attach, _retain, _release = map(
     jax.jit, (PageTable.attach, PageTable.retain, PageTable.release)
 )
+
+
+def _pages_needed(table, prompt_lens, max_new_tokens):
+    """The free pages that the first rows take for prompts and what is made of them."""
+    table = jax.device_get(table)
+    # The last new token is not stored, and no row holds more than it has room for.
+    most_new = min(max(max_new_tokens - 1, 0), table.max_len)
+    lens = np.where(prompt_lens > 0, prompt_lens + most_new, 0)
+    lens = np.pad(lens, (0, table.num_seqs - len(lens)))
+    lens = np.minimum(lens, table.max_len - table.kv_lens)
+    return int(pages_to_read(table, lens).sum())
 
 
 def _with_children(entry, more):

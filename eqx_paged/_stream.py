@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from ._cache import PagedKVCache
-from ._checks import check_positive
+from ._checks import check_int, INT32_MAX
 from ._draft_model import DraftModel
 from ._generate import (
     first_prompts,
@@ -96,6 +96,8 @@ class Stream(Iterator[dict[int, list[int]]]):
 
         `ValueError` if there is no such prompt.
         """
+        if isinstance(prompt, bool) or not isinstance(prompt, (int, np.integer)):
+            raise ValueError(f"prompt must be an int, but is {prompt!r}.")
         if not 0 <= prompt < self._num_prompts:
             raise ValueError(f"There is no prompt {prompt} of {self._num_prompts}.")
         self._ended[prompt] = True
@@ -229,7 +231,7 @@ def stream(
     `ValueError` for arguments that do not fit together, for prompts that do not fit the
     cache, and under `jit`.
     """
-    check_positive(burst=burst)
+    check_int(burst=burst, least=1, greatest=INT32_MAX)
     arguments = (model, cache, prompts, prompt_lens, limits, stop_tokens, stop_sequences)
     if is_traced((*arguments, sampler, key, draft)):
         raise ValueError("stream cannot be jitted: it gives tokens to the host.")

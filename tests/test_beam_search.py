@@ -331,6 +331,7 @@ def test_what_does_not_fit_is_told_before_any_work(model, no_type_hook):  # noqa
         (cache, dict(early_stopping=1), ("early_stopping", "1")),
         (cache, dict(length_penalty=np.nan), ("length_penalty", "nan")),
         (cache, dict(length_penalty="long"), ("length_penalty", "long")),
+        (cache, dict(length_penalty=1e39), ("length_penalty", "1e+39")),
         (contiguous, {}, ("PagedKVCache", "RaggedKVCache")),
         (cache, dict(stop_tokens=[0.5]), ("stop_tokens", "0.5")),
         (used, {}, ("Row 4", "prompt 1", "5 tokens")),

@@ -97,6 +97,28 @@ def test_pages_are_given_up_for_new_tokens(model):  # noqa: F811
     assert int(cache.table.num_free_pages) == 21 - index.num_pages == 21 - 8
 
 
+def test_pages_are_given_up_for_copies_of_shared_ones():
+    from .test_cache import empty
+
+    cache, _ = store(empty(num_pages=4), ints((16, 0, 0, 0)), kv_of(range(16)), 48)
+    tokens = np.zeros((4, 20), np.int32)
+    index, cache = new_index().insert(cache, tokens, ints((16, 0, 0, 0)))
+    # A page that two rows share and write to, and one free page: one of the rows copies.
+    cache, _ = store(cache.free(EVERYTHING), ints((3, 0, 0, 0)), kv_of(range(3)), 48)
+    cache, _ = cache.fork(0, 1)
+    for max_new_tokens, num_free in ((1, 1), (5, 1), (6, 3), (2**40, 3)):
+        after, changed, _, _ = index.fork(
+            cache, tokens, ints((1, 1, 0, 0)), max_new_tokens=max_new_tokens
+        )
+        assert int(changed.table.num_free_pages) == num_free
+        assert after.num_pages == 3 - num_free
+    # None are free.
+    cache, _ = cache.fork(0, 2)
+    full, _ = store(cache, ints((0, 0, 0, 8)), kv_of(range(8)), 48)
+    after, changed, _, _ = index.fork(full, tokens, ints((1, 1, 1, 0)))
+    assert (after.num_pages, int(changed.table.num_free_pages)) == (0, 2)
+
+
 # --- Against a model of dictionaries
 
 

@@ -27,13 +27,13 @@ PARAMETERS = dict(
 def generate(cache, sampler, **options):
     import eqx_paged
 
-    arguments = dict(prompts=PADDED, prompt_lens=LENS, key=KEY) | options
+    arguments = dict(prompts=PADDED, prompt_lens=LENS, key=KEY)
+    arguments |= dict(max_new_tokens=MAX_NEW_TOKENS) | options
     return eqx_paged.generate(
         table(),
         cache,
         arguments.pop("prompts"),
         arguments.pop("prompt_lens"),
-        max_new_tokens=MAX_NEW_TOKENS,
         prefill_chunk=16,
         sampler=sampler,
         **arguments,
@@ -166,11 +166,30 @@ def test_no_more_log_probabilities_are_told_than_asked_for():
         (dict(stop_sequences=np.zeros((2, 0), int)), r"room for a token.*\(2, 0\)"),
         (dict(stop_sequences=np.array([[-1, 2], [2, -1]])), r"only before.*\[2, -1\]"),
         (dict(log_probs=-1), "log_probs must be at least 0"),
+        (dict(stop_sequences=5), "stop_sequences must be lists of tokens, but is 5"),
+        (dict(stop_sequences=None), "stop_sequences must be lists of tokens, but is None"),
+        (dict(max_new_tokens=2**31), f"max_new_tokens must be at most {2**31 - 1}"),
+        (dict(window=2**31), f"window must be at most {2**31 - 1}"),
     ),
 )
 def test_misuse_is_told(no_type_hook, options, message):
     with pytest.raises(ValueError, match=message):
         generate(empty(3, 24), chain_of({}), **options)
+
+
+def test_what_is_no_sampler_or_no_cache_is_refused(no_type_hook):
+    from eqx_paged import samplers
+
+    for wrong, message in (
+        (None, "sampler must be a function .* is None"),
+        ("greedy", "sampler must be a function .* is 'greedy'"),
+        (samplers.temperature(0.5), "sampler must choose tokens, but temperature is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(empty(3, 24), wrong)
+    for wrong in (None, empty(3, 24).table):
+        with pytest.raises(ValueError, match="cache must be a PagedKVCache or a Ragged"):
+            generate(wrong, chain_of({}))
 
 
 def test_parameters_of_other_prompts_are_refused():

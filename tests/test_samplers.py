@@ -188,6 +188,11 @@ def test_a_step_and_a_draw_may_be_your_own():
         *(("logit_bias", b) for b in ({1.7: 2.0}, {True: 1.0}, {"a": 1.0})),
         *(("top_p", p) for p in (0.5 + 0j, np.array([0.5, 0.5 + 1j]))),
         ("logit_bias", []),
+        *(("logit_bias", b) for b in ({1: "much"}, {1: None}, 5, None, [5])),
+        # Finite or above 0, but not in float32.
+        *(("temperature", 1e39), ("logit_bias", {0: 1e39})),
+        *(("repetition_penalty", p) for p in (1e39, 1e-50, np.array([1.0, 1e39]))),
+        *((f"{name}_penalty", -1e39) for name in ("presence", "frequency")),
     ),
 )
 def test_a_parameter_out_of_its_range_is_refused(no_type_hook, name, value):

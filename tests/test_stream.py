@@ -202,8 +202,13 @@ def test_misuse_is_told(no_type_hook):
     for prompt in (-1, 8):
         with pytest.raises(ValueError, match=f"no prompt {prompt} of 8"):
             bursts.cancel(prompt)
+    for prompt in (1.0, True, None, "1"):
+        with pytest.raises(ValueError, match=f"prompt must be an int, but is {prompt!r}"):
+            bursts.stop(prompt)
     with pytest.raises(ValueError, match="burst must be at least 1"):
         stream(cache, burst=0)
+    with pytest.raises(ValueError, match=f"burst must be at most {2**31 - 1}"):
+        stream(cache, burst=2**31)
     with pytest.raises(ValueError, match="Prompt 1 needs 3 pages"):
         stream(empty(3, 2))
     with pytest.raises(ValueError, match="jit"):

@@ -24,15 +24,16 @@ def temperature(temperature: Parameter) -> Processor:
 
     **Arguments:**
 
-    - `temperature`: 0 leaves the most probable token alone, as `greedy` does; otherwise at
-        least 1e-6.
+    - `temperature`: 0 leaves the most probable token alone, as `greedy` does; otherwise
+        finite and at least 1e-6.
 
     **Raises:**
 
     `ValueError` for another number.
     """
     allowed = lambda t: (t == 0) | (t >= LEAST_TEMPERATURE) & np.isfinite(t)  # noqa: E731
-    value = _parameter("temperature", temperature, allowed, "0 or at least 1e-06")
+    text = "0, or finite and at least 1e-06"
+    value = _parameter("temperature", temperature, allowed, text)
     return Processor("temperature", _divide, (value,))
 
 
@@ -150,7 +151,13 @@ def logit_bias(biases: Mapping[int, float] | Sequence[Mapping[int, float]]) -> P
     `ValueError` for a token that is no integer, below 0 or above an int32, and for a bias
     that is NaN or `inf`.
     """
-    each = [biases] if isinstance(biases, Mapping) else list(biases)
+    each = [biases] if isinstance(biases, Mapping) else biases
+    is_list = isinstance(each, Sequence) and all(isinstance(x, Mapping) for x in each)
+    if not is_list:
+        raise ValueError(
+            "logit_bias needs a mapping from tokens to numbers, or a list of such, but is "
+            f"given {biases!r}."
+        )
     if not each:
         raise ValueError(
             "logit_bias needs one mapping, or one a prompt, but there is none."
@@ -160,9 +167,10 @@ def logit_bias(biases: Mapping[int, float] | Sequence[Mapping[int, float]]) -> P
             is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
             if not is_int or not 0 <= token < INT32_MAX:
                 raise ValueError(f"logit_bias has no token {token!r}: no int32 from 0.")
-            if not bias < np.inf:
+            if not _is_real(bias) or not _float32(bias) < np.inf:
                 raise ValueError(
-                    f"The bias of token {token} must be below inf, not {bias}."
+                    f"The bias of token {token} must be a number below inf in float32, "
+                    f"not {bias!r}."
                 )
     width = max(map(len, each))
     # No vocabulary is as large as that.
@@ -193,14 +201,26 @@ def _parameter(
             f"shape {array.shape}."
         )
     if not is_traced:
-        if not np.all(is_allowed(array)):
+        kept = np.minimum(array, INT32_MAX) if integer else _float32(array)
+        # What is finite, or above 0, may not be so any more in float32.
+        if not np.all(is_allowed(array) & is_allowed(kept)):
             raise ValueError(f"{name} must be {allowed}, but is {value}.")
-        array = np.minimum(array, INT32_MAX) if integer else array
     dtype = jnp.int32 if integer else jnp.float32
     if is_traced:
         return jnp.atleast_1d(array.astype(dtype))
     # By NumPy, which compiles nothing.
-    return jnp.asarray(np.atleast_1d(array).astype(dtype))
+    return jnp.asarray(np.atleast_1d(kept).astype(dtype))
+
+
+def _is_real(value):
+    array = np.asarray(value)
+    kinds = np.integer, np.floating
+    return array.shape == () and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
+
+
+def _float32(numbers):
+    with np.errstate(over="ignore"):
+        return np.asarray(numbers).astype(np.float32)
 
 
 # --- What they do, a row each: logits [num_seqs, vocab_size], parameters [num_seqs] or [1]
