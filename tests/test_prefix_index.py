@@ -236,7 +236,8 @@ def test_random_arrivals_agree_with_dictionaries(steps):
             lens = np.array([len(what) if i == row else 0 for i in range(4)])
             free = int(cache.table.num_free_pages)
             found = known.fork(row, what)
-            needed = -(-(len(what) + max(more - 1, 0)) // SIZE) - found // SIZE
+            most = min(len(what) + max(more - 1, 0), cache.max_len)
+            needed = -(-most // SIZE) - found // SIZE
             known.evict(needed - free)
             index, cache, rest, rest_lens = index.fork(
                 cache, prompts, lens, max_new_tokens=more

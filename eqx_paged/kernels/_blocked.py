@@ -145,7 +145,7 @@ def blocked_attention(
         if v_scale is not None:
             out = out * v_scale[:, None, None, None]
         exists = offset + jnp.arange(tile, dtype=jnp.int32) < q_lens[row]
-        return start, exists, (out.astype(q.dtype), m, l)
+        return start, exists, (out, m, l)
 
     def work_off_a_tile(carry):
         item, *whole = carry
@@ -159,12 +159,13 @@ def blocked_attention(
         work_off_a_tile,
         (
             jnp.int32(0),
-            jnp.zeros((*per_query, head_dim), q.dtype),
+            jnp.zeros((*per_query, head_dim), jnp.float32),
             jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
             jnp.zeros(per_query, jnp.float32),
         ),
     )
-    return tuple(x[:num_tokens].reshape(num_tokens, num_heads, *x.shape[3:]) for x in whole)
+    out, m, l = (x[:num_tokens].reshape(num_tokens, num_heads, *x.shape[3:]) for x in whole)
+    return out.astype(q.dtype), m, l
 
 
 def _put(exists, start, whole, part):

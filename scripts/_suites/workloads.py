@@ -83,7 +83,7 @@ WORKLOADS = (
     Workload("8 ragged", (512, 16, 256, 64, 384, 32, 128, 96), stops=True),
     Workload("8 of one prefix", (16,) * 8, prefix_len=512, max_new_tokens=64),
 )
-# Where steps take long, or for what the others say as well.
+# For what the others say as well.
 SHORT = (
     Workload("1 x 128", (128,), max_new_tokens=32),
     Workload("8 x 128", (128,) * 8, max_new_tokens=32),
