@@ -14,9 +14,10 @@ from .._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import page_size_of, unpack
 
 
-# Tokens of a tile: enough to keep two cores busy in one product, and few enough that a
-# tile of keys and values stays in the second-level cache.
-TILE_TOKENS = 512
+# Keys of a tile, in numbers and in tokens: many, since each tile takes some 50 us besides
+# its products, but few enough that it stays in the caches.
+TILE_SIZE = 2**19
+MAX_TILE_TOKENS = 1024
 
 
 def paged_attention(
@@ -40,7 +41,8 @@ def paged_attention(
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1], page_size_of(k_pages, head_dim)
     group = num_heads // num_kv_heads
-    pages_per_tile = max(1, min(TILE_TOKENS // page_size, page_indices.size))
+    tile_tokens = min(TILE_SIZE // (num_kv_heads * head_dim), MAX_TILE_TOKENS)
+    pages_per_tile = max(1, min(tile_tokens // page_size, page_indices.size))
     first = jnp.zeros_like(kv_lens)
     if sliding_window is not None:
         first = jnp.maximum(kv_lens - sliding_window, 0)
