@@ -43,13 +43,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return number
 
 
-def make_directory(program: str, path: pathlib.Path) -> None:
-    """Makes the directory that `--out` names, or refuses one that cannot be written."""
+def make_directory(program: str, path: pathlib.Path, option: str = "--out") -> None:
+    """Makes the directory that `option` names, or refuses one that cannot be written."""
     try:
         if path.exists() and not path.is_dir():
-            refuse(program, f"--out {path}: is a file, not a directory")
+            refuse(program, f"{option} {path}: is a file, not a directory")
         path.mkdir(parents=True, exist_ok=True)
         # Only a try tells whether files can be made in it.
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        refuse(program, f"--out {path}: {error.strerror}")
+        refuse(program, f"{option} {path}: {error.strerror}")

@@ -25,6 +25,7 @@ from ._suites import (
     update,
 )
 from ._suites.measure import read_ceiling
+from ._suites.process import Broken
 from ._suites.record import describe, ratios_of, Report, Row
 from ._suites.tables import show
 
@@ -34,7 +35,7 @@ SUITES = ("attention", "update", "generate", "serve", "startup")
 # By which figures which of our sides are compared with all others.
 COMPARED = {
     "attention": (("gb_per_s",), ("paged",)),
-    "generate": (("prefill_tok_s", "decode_tok_s", "tok_s"), ("paged",)),
+    "generate": (("prefill_tok_s", "decode_tok_s", "tok_s", "peak_gib"), ("paged",)),
     "serve": (("tok_s",), ("in turn",)),
     "startup": (("first_token_s",), startup.OURS),
 }
@@ -45,6 +46,25 @@ CACHE = pathlib.Path.home() / ".cache" / "eqx_paged_bench"
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Reads `arguments` (the process's own if None), or refuses them."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for suite in options.suites:
+        if suite not in SUITES:
+            parser.error(f"{suite!r} is none of {', '.join(SUITES)}")
+    if options.dry_run and options.publish:
+        parser.error("--publish: a dry run measures nothing to publish")
+    options.suites = [x for x in SUITES if x in (options.suites or SUITES)]
+    if options.peers is None:
+        small = options.quick or options.dry_run
+        options.peers = [] if small else list(environments.PEERS)
+    if options.quick:
+        options.models, options.dtypes = options.models[:1], options.dtypes[:1]
+    if options.dry_run:
+        options.models, options.dtypes = ["tiny"], ["float32"]
+    return options
+
+
+def _parser() -> Parser:
     parser = Parser(PROGRAM, "Measures speed on a CPU, beside others.")
     parser.add_argument(
         "suites",
@@ -69,8 +89,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         nargs="*",
         choices=environments.PEERS,
         metavar="NAME",
-        help=f"of {', '.join(environments.PEERS)}, or none (default: all, of a quick run "
-        "none)",
+        help=f"of {', '.join(environments.PEERS)}; without a name, no peer (default: all, "
+        "of a quick run no peer); PyTorch's attention comes with transformers",
     )
     parser.add_argument(
         "--install-peers",
@@ -83,7 +103,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         choices=MODELS,
         default=list(MODELS),
         metavar="NAME",
-        help=f"of {', '.join(MODELS)} (default: all, of a quick run the first)",
+        help=f"of generate, serve and startup: of {', '.join(MODELS)} (default: all, of a "
+        "quick run the first)",
     )
     parser.add_argument(
         "--dtypes",
@@ -91,7 +112,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         choices=DTYPES,
         default=list(DTYPES),
         metavar="DTYPE",
-        help=f"of {', '.join(DTYPES)} (default: all, of a quick run the first)",
+        help=f"of generate and startup: of {', '.join(DTYPES)} (default: all, of a quick "
+        "run the first)",
     )
     parser.add_argument(
         "--out",
@@ -112,19 +134,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="put what was measured into docs/benchmarks.md",
     )
-    options = parser.parse_args(arguments)
-    for suite in options.suites:
-        if suite not in SUITES:
-            parser.error(f"{suite!r} is none of {', '.join(SUITES)}")
-    options.suites = [x for x in SUITES if x in (options.suites or SUITES)]
-    if options.peers is None:
-        small = options.quick or options.dry_run
-        options.peers = [] if small else list(environments.PEERS)
-    if options.quick:
-        options.models, options.dtypes = options.models[:1], options.dtypes[:1]
-    if options.dry_run:
-        options.models, options.dtypes = ["tiny"], ["float32"]
-    return options
+    return parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +164,15 @@ def find_peers(options: argparse.Namespace) -> Peers:
     )
 
 
+def size_of(options: argparse.Namespace) -> str:
+    return "quick" if options.quick else "tiny" if options.dry_run else "full"
+
+
 def rows_of(
     suite: str, options: argparse.Namespace, peers: Peers, about: dict[str, Any]
 ) -> Iterator[Row]:
     """What the suite finds, as it finds it; `about` gets the peers' versions."""
-    size = "quick" if options.quick else "tiny" if options.dry_run else "full"
+    size = size_of(options)
     models = tuple((x, dtype) for x in options.models for dtype in options.dtypes)
     shared: dict[str, Any] = {
         "models": models,
@@ -178,8 +192,10 @@ def rows_of(
     if suite == "generate":
         return generate.run(generate.Plan(quick=options.quick, **shared))
     if suite == "serve":
-        served = ("tiny",) if options.dry_run else ("embedded", *options.models)
-        shared["models"] = tuple(x for x in served if x in serve.MODELS)
+        served = {"full": ("embedded", *options.models), "quick": ("embedded",)}
+        shared["models"] = tuple(
+            x for x in served.get(size, ("tiny",)) if x in serve.MODELS
+        )
         return serve.run(serve.Plan(quick=options.quick, **shared))
     rounds = {"full": 5, "quick": 1, "tiny": 1}[size]
     return startup.run(startup.Plan(rounds=rounds, **shared))
@@ -192,25 +208,26 @@ def run(
     report = Report(suite, dict(about), [], [])
     for row in rows_of(suite, options, peers, report.about):
         report.rows.append(row)
+        if suite in COMPARED:
+            report.ratios[:] = ratios_of(report.rows, *COMPARED[suite])
         report.write(options.out)
         print(f"{suite}: {row.case}: {row.side}", file=sys.stderr, flush=True)
-    if suite in COMPARED:
-        report.ratios.extend(ratios_of(report.rows, *COMPARED[suite]))
     return report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Ends with exit status 1 where one of our sides makes a wrong token."""
+    """Ends with exit status 1 where one of our sides makes a wrong token, or breaks."""
     options = parse_options(arguments)
     make_directory(PROGRAM, options.out)
-    make_directory(PROGRAM, options.cache)
+    make_directory(PROGRAM, options.cache, "--cache")
     if not options.draw:
         peers = find_peers(options)
-        about = describe(read_ceiling_gb_s=read_ceiling() / 1e9)
+        ceiling = round(read_ceiling() / 1e9, 1)
+        about = describe(size=size_of(options), read_ceiling_gb_s=ceiling)
         for suite in options.suites:
             try:
                 report = run(suite, options, peers, about)
-            except agree.Wrong as error:
+            except (agree.Wrong, Broken) as error:
                 print(f"{PROGRAM}: {error}", file=sys.stderr)
                 raise SystemExit(1) from None
             show(report)

@@ -1,8 +1,13 @@
 """Whether two sides made the same tokens, and what it means if they did not."""
 
-from collections.abc import Callable
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
 
-from .process import Process
+from .process import ours
+
+
+Tokens = list[list[int]]
 
 
 # How far below the largest a logit may be, in standard deviations of the logits, to be
@@ -18,50 +23,53 @@ class Wrong(Exception):
     """Ours made a token that is not the greedy one."""
 
 
-def auditor(side: Process) -> Audit:
-    """By a side of ours."""
+@contextlib.contextmanager
+def auditor(checkpoint: str, dtype: str, folder: pathlib.Path) -> Iterator[Audit]:
+    """By a process of its own, whose memory is nobody's: that of a checkpoint. Its log and
+    compiled programs go to `folder`."""
+    with ours("paged", folder / "audit.log", folder / "jax") as side:
+        side.ready()
+        side.ask("load", checkpoint=checkpoint, dtype=dtype)
 
-    def audit(tokens: list[int], num_prompt_tokens: int) -> list[float]:
-        found = side.ask("audit", tokens=tokens, num_prompt_tokens=num_prompt_tokens)
-        return found["gaps"]
+        def audit(tokens: list[int], num_prompt_tokens: int) -> list[float]:
+            found = side.ask("audit", tokens=tokens, num_prompt_tokens=num_prompt_tokens)
+            return found["gaps"]
 
-    return audit
-
-
-def check_greedy(prompt: list[int], tokens: list[int], audit: Audit, dtype: str) -> None:
-    """Raises a `Wrong` if what ours made after `prompt` is not greedy."""
-    gap = max(audit(prompt + tokens, len(prompt)))
-    if gap > ROUNDING[dtype]:
-        raise Wrong(f"paged: a token is {gap:.1e} std off")
+        yield audit
 
 
-def first_difference(
-    tokens: list[list[int]], reference: list[list[int]]
-) -> tuple[int, int] | None:
-    """The row and the position where `tokens` first are not the reference's."""
-    for row, (ours, theirs) in enumerate(zip(tokens, reference, strict=True)):
-        if ours != theirs:
-            same = [a == b for a, b in zip(ours, theirs, strict=False)]
-            return row, (same.index(False) if False in same else len(same))
-    return None
+def check_greedy(
+    case: str, prompts: Tokens, tokens: Tokens, audit: Audit, dtype: str
+) -> None:
+    """Raises a `Wrong` if what ours made after any of `prompts` is not greedy."""
+    for row, (prompt, made) in enumerate(zip(prompts, tokens, strict=True)):
+        gap = max(audit(prompt + made, len(prompt)))
+        if gap > ROUNDING[dtype]:
+            raise Wrong(
+                f"paged, {case}: in row {row} a token is {gap:.1e} std below the largest "
+                f"logit, more than {ROUNDING[dtype]:.1e}"
+            )
 
 
 def compare(
-    tokens: list[list[int]],
-    reference: list[list[int]],
-    prompts: list[list[int]],
-    audit: Audit,
-    dtype: str,
+    tokens: Tokens, reference: Tokens, prompts: Tokens, audit: Audit, dtype: str
 ) -> tuple[bool, str]:
-    """Whether `tokens` are as good as the reference's, and what to note of them."""
-    found = first_difference(tokens, reference)
-    if found is None:
-        return True, ""
-    row, place = found
-    where = f"row {row} differs from token {place} on"
-    if place >= min(len(tokens[row]), len(reference[row])):
-        return False, f"{where}: {len(tokens[row])} tokens, not {len(reference[row])}"
-    prompt = prompts[row] + reference[row][:place]
-    gaps = [audit([*prompt, x[row][place]], len(prompt))[0] for x in (tokens, reference)]
-    text = f"{where}, whose logit is {max(gaps):.1e} std below the largest"
-    return max(gaps) <= ROUNDING[dtype], text
+    """Whether `tokens` are as good as the reference's, and what to note of them.
+
+    A row may go another way where two logits are nearly the same; what it makes from there
+    on must be the greedy continuation of that.
+    """
+    notes = []
+    for row, (made, wanted) in enumerate(zip(tokens, reference, strict=True)):
+        if made == wanted:
+            continue
+        same = [a == b for a, b in zip(made, wanted, strict=False)]
+        place = same.index(False) if False in same else len(same)
+        where = f"row {row} differs from token {place} on"
+        if place == len(same):
+            return False, f"{where}: {len(made)} tokens, not {len(wanted)}"
+        gap = max(audit(prompts[row] + made, len(prompts[row])))
+        notes.append(f"{where}, at most {gap:.1e} std below the largest logit")
+        if gap > ROUNDING[dtype]:
+            return False, notes[-1]
+    return True, "; ".join(notes)

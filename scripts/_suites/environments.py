@@ -33,7 +33,8 @@ class Peer:
     arguments: tuple[str, ...] = ()
 
 
-# Exact versions: others are other peers, and these are known to run.
+# The peers' own versions are exact: others are other peers, and these are known to run.
+# What they stand on is the newest that they can do with.
 ENVIRONMENTS = {
     "transformers": Environment(
         (("torch", "transformers==5.23.0", "accelerate"),), (10, 13)
@@ -65,15 +66,17 @@ def command_of(peer: Peer, cache: pathlib.Path) -> list[str] | str:
     stamp = _stamp(peer.environment, cache)
     if not stamp.exists():
         return "it is not installed; --install-peers does that"
-    reason = json.loads(stamp.read_text())["reason"]
-    if reason:
-        return reason
+    recorded = json.loads(stamp.read_text())
+    if recorded["reason"]:
+        return recorded["reason"]
+    if recorded["requirements"] != _requirements(peer.environment):
+        return "it is installed in another version; --install-peers renews it"
     module = f"scripts._suites.peers.{peer.module}"
     return [str(_interpreter(peer.environment, cache)), "-m", module, *peer.arguments]
 
 
 def install(name: str, cache: pathlib.Path) -> str:
-    """Installs an environment, if that was not tried before with the same requirements.
+    """Installs an environment, unless the same requirements are installed there.
 
     **Returns:**
 
@@ -81,7 +84,7 @@ def install(name: str, cache: pathlib.Path) -> str:
     """
     environment = ENVIRONMENTS[name]
     stamp = _stamp(name, cache)
-    wanted = [list(step) for step in environment.steps]
+    wanted = _requirements(name)
     if stamp.exists():
         recorded = json.loads(stamp.read_text())
         if recorded["requirements"] == wanted and not recorded["reason"]:
@@ -108,6 +111,10 @@ def _install(name: str, environment: Environment, cache: pathlib.Path) -> str:
             if subprocess.run(command, stdout=output, stderr=output).returncode:
                 return f"it cannot be installed; {log} says why"
     return ""
+
+
+def _requirements(name: str) -> list[list[str]]:
+    return [list(step) for step in ENVIRONMENTS[name].steps]
 
 
 def _python(environment: Environment) -> str | None:

@@ -55,8 +55,11 @@ class Plan:
 
 def run(plan: Plan) -> Iterator[Row]:
     for model, dtype in plan.models:
-        for peers in _groups(plan, model, dtype):
-            yield from _timed_together(plan, model, dtype, peers)
+        groups = _groups(plan, model, dtype)
+        for peers in groups:
+            # Only what ran in turn is compared, and cases are compared by their names.
+            group = f", beside {' and '.join(peers)}" if len(groups) > 1 else ""
+            yield from _timed_together(plan, model, dtype, peers, group)
         shape = {"model": model, "dtype": dtype}
         for name, reason in plan.absent.items():
             yield Row(f"{model} {dtype}", shape, name, reason=reason)
@@ -71,7 +74,9 @@ def _groups(plan: Plan, model: str, dtype: str) -> list[list[str]]:
     return [names[i : i + room] for i in range(0, len(names), room)] or [[]]
 
 
-def _timed_together(plan: Plan, model: str, dtype: str, peers: list[str]) -> Iterator[Row]:
+def _timed_together(
+    plan: Plan, model: str, dtype: str, peers: list[str], group: str
+) -> Iterator[Row]:
     root = checkpoint(model, plan.cache)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Process] = {}
@@ -92,7 +97,7 @@ def _timed_together(plan: Plan, model: str, dtype: str, peers: list[str]) -> Ite
             except Broken as error:
                 _lose(sides, broken, name, error)
         for workload in plan.workloads(model, dtype):
-            yield from Contest(plan, model, dtype, workload).rows(sides, broken)
+            yield from Contest(plan, model, dtype, workload, group).rows(sides, broken)
 
 
 def _lose(
@@ -106,70 +111,83 @@ def _lose(
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """A workload, of which all sides make the same."""
+    """A workload, of which all sides make the same.
+
+    - `group`: what the case's name ends with.
+    """
 
     plan: Plan
     model: str
     dtype: str
     workload: Workload
+    group: str
 
     def rows(self, sides: dict[str, Process], broken: dict[str, str]) -> Iterator[Row]:
+        """Who breaks goes from `sides` to `broken`."""
         yield from (self._row(name, reason=reason) for name, reason in broken.items())
         prefix, prompts = self.workload.tokens(CONFIGS[self.model].vocab_size)
         asked = {"prefix": prefix, "prompts": prompts, "stops": []}
         asked["max_new_tokens"] = self.workload.max_new_tokens
         whole = [prefix + prompt for prompt in prompts]
-        audit = auditor(sides["paged"])
-        ours = sides["paged"].ask("run", **asked)
-        check_greedy(whole[0], ours["tokens"][0], audit, self.dtype)
+        made = sides["paged"].ask("run", **asked)
         if self.workload.stops:
-            asked["stops"] = chosen_stops(ours["tokens"])
-            ours = sides["paged"].ask("run", **asked)
-        reference = ours["tokens"]
+            asked["stops"] = chosen_stops(made["tokens"])
+            made = sides["paged"].ask("run", **asked)
         notes: dict[str, str] = {}
-        for name, side in list(sides.items()):
-            try:
-                answer = ours if name == "paged" else side.ask("run", **asked)
-            except Broken as error:
-                _lose(sides, broken, name, error)
-                yield self._row(name, reason=str(error))
-                continue
-            if "unsupported" in answer:
-                yield self._row(name, reason=answer["unsupported"])
-                continue
-            right, note = compare(answer["tokens"], reference, whole, audit, self.dtype)
-            if right:
-                notes[name] = note
-            elif name in OURS:
-                raise Wrong(f"{name}, {self.workload.name}: {note}")
-            else:
-                yield self._row(name, reason=f"wrong: {note}")
-        sides = {name: sides[name] for name in notes}
-        yield from self._timed(sides, asked, ours, notes)
+        root = str(checkpoint(self.model, self.plan.cache))
+        with auditor(root, self.dtype, self.plan.cache) as audit:
+            check_greedy(self._case, whole, made["tokens"], audit, self.dtype)
+            for name, side in list(sides.items()):
+                try:
+                    answer = made if name == "paged" else side.ask("run", **asked)
+                except Broken as error:
+                    _lose(sides, broken, name, error)
+                    yield self._row(name, reason=str(error))
+                    continue
+                right, note = compare(
+                    answer["tokens"], made["tokens"], whole, audit, self.dtype
+                )
+                if right:
+                    notes[name] = note
+                elif name in OURS:
+                    raise Wrong(f"{name}, {self._case}: {note}")
+                else:
+                    yield self._row(name, reason=f"wrong: {note}")
+        timed = {name: sides[name] for name in notes}
+        for row in self._timed(timed, asked, made, notes):
+            if row.reason:
+                _lose(sides, broken, row.side, Broken(row.reason))
+            yield row
 
     def _timed(
         self,
         sides: dict[str, Process],
         asked: dict[str, Any],
-        ours: dict[str, Any],
+        made: dict[str, Any],
         notes: dict[str, str],
     ) -> Iterator[Row]:
         whats = {"all": asked}
         if self.workload.is_plain and self.workload.max_new_tokens > 1:
             whats["first"] = {**asked, "max_new_tokens": 1}
-            for side in sides.values():  # which compiles
-                side.ask("run", **whats["first"])
         runs = {
             f"{name} {what}": functools.partial(_seconds, side, request)
             for name, side in sides.items()
             for what, request in whats.items()
         }
-        times = in_turn(runs, rounds=self.plan.rounds)
+        lost: dict[str, str] = {}
+        if len(whats) > 1:
+            in_turn(runs, rounds=1, lost=lost)  # of which some compile
+        runs = {name: run for name, run in runs.items() if name not in lost}
+        times = in_turn(runs, rounds=self.plan.rounds, lost=lost)
         for name, side in sides.items():
+            reasons = [lost[x] for x in (f"{name} {what}" for what in whats) if x in lost]
+            if reasons:
+                yield self._row(name, reason=reasons[0])
+                continue
             row = self._row(name, note=notes[name])
             row.seconds.update({what: times[f"{name} {what}"] for what in whats})
-            row.figures.update(self._speeds(row, sum(map(len, ours["tokens"]))))
-            row.figures.update(self._memory(side, ours["cache_bytes"]))
+            row.figures.update(self._speeds(row, sum(map(len, made["tokens"]))))
+            row.figures.update(self._memory(side, made["cache_bytes"]))
             yield row
 
     def _speeds(self, row: Row, num_new: int) -> dict[str, float]:
@@ -202,7 +220,11 @@ class Contest:
 
     def _row(self, side: str, **others: Any) -> Row:
         shape = {"model": self.model, "dtype": self.dtype, **self.workload.shape()}
-        return Row(f"{self.model} {self.dtype} {self.workload.name}", shape, side, **others)
+        return Row(self._case, shape, side, **others)
+
+    @property
+    def _case(self) -> str:
+        return f"{self.model} {self.dtype} {self.workload.name}{self.group}"
 
 
 def _seconds(side: Process, request: dict[str, Any]) -> float:

@@ -9,29 +9,48 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 
+class Lost(Exception):
+    """A side that cannot be timed any more; says why."""
+
+
 def in_turn(
-    sides: Mapping[str, Callable[[], float]], *, rounds: int, seconds: float = 60.0
+    sides: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    seconds: float = 60.0,
+    lost: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Runs every side once a round, so that what else the machine does disturbs all alike.
+    Each round begins with another side, so that none always follows the same one.
 
     **Arguments:**
 
     - `sides`: by name, what does its work once and gives the seconds that it took.
     - `rounds`: so many at most.
     - `seconds`: after which no other round begins; three take place in any case.
+    - `lost`: takes the reasons of sides that raise a `Lost`, which are left out from then
+        on. Without it the first one ends all.
 
     **Returns:**
 
     The seconds of each round, by side.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    times: dict[str, list[float]] = {name: [] for name in names}
     start = time.monotonic()
     for i in range(rounds):
         if i >= 3 and time.monotonic() - start > seconds:
             break
-        for name, run in sides.items():
-            times[name].append(run())
-    return times
+        first = i % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            try:
+                times[name].append(sides[name]())
+            except Lost as error:
+                if lost is None:
+                    raise
+                lost[name] = str(error)
+        names = [name for name in names if not lost or name not in lost]
+    return {name: times[name] for name in names}
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -54,15 +73,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def read_ceiling(num_bytes: int = 128 * 2**20, *, rounds: int = 15) -> float:
+def read_ceiling(num_bytes: int = 128 * 2**20, *, seconds: float = 2.0) -> float:
     """Bytes a second at which all cores together read memory: the upper bound of whatever
     reads each byte once, as decoding does with weights, keys and values.
 
     Each core takes the maximum of its part of an array that no cache holds; NumPy does
-    that in vectors, and without Python's lock.
+    that in vectors, and without Python's lock. The fastest of all readings within some
+    seconds counts: what else the machine does can only slow one down.
     """
     array = np.ones(num_bytes // 4, np.float32)
     parts = np.array_split(array, num_cores())
     with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-        times = [timed(lambda: list(pool.map(np.max, parts))) for _ in range(rounds)]
+        times: list[float] = []
+        while sum(times) < seconds:
+            times.append(timed(lambda: list(pool.map(np.max, parts))))
     return array.nbytes / min(times)

@@ -25,6 +25,8 @@ from .protocol import Memory, serve, timed
 
 PAGE_SIZE = 64
 MAX_STOPS = 8
+# Audited texts are filled up to a multiple of so many tokens.
+AUDITED = 256
 # A step that reads prompts reads so many tokens, however few there are, while other rows
 # make one each.
 QUEUE_CHUNK = 64
@@ -119,7 +121,7 @@ class Ours(Memory):
     def _serve(
         self, prompts: Tokens, limits: list[int], num_rows: int, in_turn: bool
     ) -> Tokens:
-        size = len(prompts) if in_turn else num_rows
+        size, chunk = (len(prompts), QUEUE_CHUNK) if in_turn else (num_rows, 512)
         padded, lens = _padded(prompts)
         # The last batch may be smaller; of the others' shape it compiles nothing.
         missing = -len(prompts) % size
@@ -134,7 +136,7 @@ class Ours(Memory):
                 num_pages=num_rows * _num_pages(max(most)), page_size=PAGE_SIZE, **shape
             )
             inputs = self._model, padded[part], lens[part], _stops([])
-            made, _ = _extend(inputs, cache, max(limits), kept[part], QUEUE_CHUNK)
+            made, _ = _extend(inputs, cache, max(limits), kept[part], chunk)
             if made.result != RESULTS.successful:
                 raise RuntimeError(RESULTS[made.result])
             rows = zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)
@@ -159,8 +161,10 @@ class Ours(Memory):
         """How far each token after the prompt is from the greedy choice, by attention
         without a cache: its logit below the largest, in standard deviations of the
         logits."""
-        gaps = _gaps(self._model, jnp.asarray(tokens, jnp.int32), num_prompt_tokens)
-        return {"gaps": np.asarray(gaps).tolist()}
+        # Of few lengths, so that few are compiled: no token sees a later one.
+        padded = np.pad(np.array(tokens, np.int32), (0, -len(tokens) % AUDITED))
+        gaps = np.asarray(_gaps(self._model, padded))
+        return {"gaps": gaps[num_prompt_tokens - 1 : len(tokens) - 1].tolist()}
 
 
 def _num_pages(num_tokens: int) -> int:
@@ -215,10 +219,9 @@ def _forked(cache):
 
 
 @eqx.filter_jit
-def _gaps(model, tokens, num_prompt_tokens):
-    hidden = model.dense(tokens[None, :-1])[0, num_prompt_tokens - 1 :]
-    logits = model.unembed(hidden).astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, tokens[num_prompt_tokens:, None], axis=1)[:, 0]
+def _gaps(model, tokens):
+    logits = model.unembed(model.dense(tokens[None])[0]).astype(jnp.float32)[:-1]
+    chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
     return (logits.max(axis=1) - chosen) / logits.std(axis=1)
 
 

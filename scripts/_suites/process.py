@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from .measure import Lost
 from .record import ROOT
 
 
@@ -16,7 +17,7 @@ from .record import ROOT
 PATIENCE = 600.0
 
 
-class Broken(Exception):
+class Broken(Lost):
     """A side that ended, or did not answer; says why."""
 
 
@@ -52,7 +53,7 @@ class Process:
         try:
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # the latter once it was closed
             raise Broken(self._last_words()) from None
         return self._answer()
 
@@ -69,6 +70,7 @@ class Process:
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            self.close()  # or a late answer would be taken for that to the next request
             raise Broken(f"it did not answer in {PATIENCE:.0f} s")
         line = self._process.stdout.readline()
         if not line:
@@ -82,18 +84,23 @@ class Process:
         return f"it ended with {code}: {last[:300]}"
 
 
-def ours(name: str, log: pathlib.Path, jax_cache: pathlib.Path | None) -> Process:
+def keeping(jax_cache: pathlib.Path) -> dict[str, str]:
+    """The environment of a side in JAX whose compiled programs are kept for later ones."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def ours(name: str, log: pathlib.Path, jax_cache: pathlib.Path) -> Process:
     """A process of `scripts._suites.ours`.
 
     **Arguments:**
 
     - `name`: "paged" or "contiguous".
     - `log`: for its stderr.
-    - `jax_cache`: where compiled programs are kept for later processes, if anywhere.
+    - `jax_cache`: where compiled programs are kept for later processes.
     """
-    environment = {"JAX_PLATFORMS": "cpu"}
-    if jax_cache is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(jax_cache)
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-m", "scripts._suites.ours", name]
-    return Process(name, command, log, environment)
+    return Process(name, command, log, keeping(jax_cache))

@@ -58,12 +58,10 @@ def content(report: Report) -> str:
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # Chosen before pyplot is imported: no window is needed to write a file.
     import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "eqx_paged"
     import matplotlib.figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "eqx_paged"
 
     figure = matplotlib.figure.Figure(figsize=(7, 3.6))
     axis = figure.subplots()

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from .agree import auditor, check_greedy, compare, Wrong
+from .agree import Audit, auditor, check_greedy, compare, Tokens, Wrong
 from .measure import in_turn
 from .process import Broken, ours, Process
 from .record import Row
@@ -59,10 +59,17 @@ def _timed_together(plan: Plan, model: str, stack: contextlib.ExitStack) -> Iter
     asked = {"prompts": prompts, "limits": limits, "num_rows": queue.num_rows}
     sides = {name: stack.enter_context(x) for name, x in _processes(plan, model).items()}
     runs = {name: _Run(x, {**asked, **OURS.get(name, {})}) for name, x in sides.items()}
-    notes, reasons = _compare(plan, model, runs, prompts)
+    root = str(checkpoint(model, plan.cache))
+    with auditor(root, DTYPE, plan.cache) as audit:
+        notes, reasons = _compare(plan, root, runs, prompts, audit)
+    lost: dict[str, str] = {}
     times = in_turn(
-        {name: runs[name].seconds for name in notes}, rounds=3 if plan.quick else 5
+        {name: runs[name].seconds for name in notes},
+        rounds=3 if plan.quick else 5,
+        lost=lost,
     )
+    for name in set(lost) & set(OURS):
+        raise Broken(f"{name}: {lost[name]}")
     shape = {"model": model, "dtype": DTYPE, **dataclasses.asdict(queue)}
     row = functools.partial(Row, f"{model} {DTYPE} {queue.name}", shape)
     for name, seconds in times.items():
@@ -70,7 +77,7 @@ def _timed_together(plan: Plan, model: str, stack: contextlib.ExitStack) -> Iter
         found.figures["tok_s"] = sum(limits) / found.median("all")
         yield found
     absent = {x: reason for x, reason in plan.absent.items() if x in PEERS}
-    for name, reason in {**absent, **reasons}.items():
+    for name, reason in {**absent, **reasons, **lost}.items():
         yield row(name, reason=reason)
 
 
@@ -101,14 +108,13 @@ class _Run:
 
 
 def _compare(
-    plan: Plan, model: str, runs: dict[str, _Run], prompts: list[list[int]]
+    plan: Plan, root: str, runs: dict[str, _Run], prompts: Tokens, audit: Audit
 ) -> tuple[dict[str, str], dict[str, str]]:
     """What there is to note of the sides that make the right tokens, those of the first;
     and why the others are not timed."""
-    root, audit = str(checkpoint(model, plan.cache)), auditor(runs["in turn"].process)
     notes: dict[str, str] = {}
     reasons: dict[str, str] = {}
-    reference: list[list[int]] = []
+    reference: Tokens = []
     for name, run in runs.items():
         try:
             run.process.ready()
@@ -123,7 +129,7 @@ def _compare(
             continue
         if not reference:
             reference = tokens
-            check_greedy(prompts[0], tokens[0], audit, DTYPE)
+            check_greedy("a queue", prompts, tokens, audit, DTYPE)
         right, note = compare(tokens, reference, prompts, audit, DTYPE)
         if right:
             notes[name] = note

@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .process import Broken, ours, Process
+from .process import Broken, keeping, ours, Process
 from .record import Row
 from .shapes import checkpoint, CONFIGS
 from .workloads import Workload
 
 
-OURS = ("paged, nothing compiled", "paged, all compiled before")
+COLD, WARM = ", nothing compiled", ", all compiled before"
+OURS = (f"paged{COLD}", f"paged{WARM}")
+# Of the peers, those whose programs JAX can keep as well.
+IN_JAX = ("eqx-zoo", "levanter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +52,13 @@ def _start_all(plan: Plan, model: str, dtype: str, folder: pathlib.Path) -> list
     workload = Workload(f"first of {length}", (length,), max_new_tokens=1)
     (prompt,) = workload.tokens(CONFIGS[model].vocab_size)[1]
     log = plan.out / f"startup_{model}_{dtype}.log"
-    kept = folder / "jax"
-
-    def cold() -> Process:
-        shutil.rmtree(kept, ignore_errors=True)
-        return ours("paged", log, kept)
-
-    starts: dict[str, Callable[[], Process]] = {
-        # In this order: what the first one compiles is there for the second one.
-        OURS[0]: cold,
-        OURS[1]: functools.partial(ours, "paged", log, kept),
-    }
+    starts = _both("paged", folder / "paged", lambda kept: ours("paged", log, kept))
     for name, command in plan.peers.items():
-        starts[name] = functools.partial(Process, name, command, log)
+        start = functools.partial(Process, name, command, log)
+        if name in IN_JAX:
+            starts |= _both(name, folder / name, lambda kept, f=start: f(keeping(kept)))
+        else:
+            starts[name] = start
     case = f"{model} {dtype}, prompt of {length}"
     shape = {"model": model, "dtype": dtype, **workload.shape()}
     rows = {name: Row(case, shape, name) for name in starts}
@@ -73,6 +70,8 @@ def _start_all(plan: Plan, model: str, dtype: str, folder: pathlib.Path) -> list
                 began = time.perf_counter()
                 with contextlib.closing(start()) as process:
                     parts = _start(process, str(root), dtype, prompt, began)
+                    if name not in OURS:
+                        plan.about.update(process.ask("versions"))
             except Broken as error:
                 if name in OURS:
                     raise
@@ -85,6 +84,19 @@ def _start_all(plan: Plan, model: str, dtype: str, folder: pathlib.Path) -> list
             row.figures["first_token_s"] = row.median("total")
     absent = [Row(case, shape, x, reason=why) for x, why in plan.absent.items()]
     return [*rows.values(), *absent]
+
+
+def _both(
+    name: str, kept: pathlib.Path, start: Callable[[pathlib.Path], Process]
+) -> dict[str, Callable[[], Process]]:
+    """A side before and after its programs are kept. In this order: what the first one
+    compiles is there for the second one."""
+
+    def cold() -> Process:
+        shutil.rmtree(kept, ignore_errors=True)
+        return start(kept)
+
+    return {f"{name}{COLD}": cold, f"{name}{WARM}": lambda: start(kept)}
 
 
 def _start(

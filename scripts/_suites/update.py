@@ -32,8 +32,6 @@ HEAD_DIM = 128
 # Of the smallest cache: most of it, as where paging pays.
 SHARE_STORED = 0.75
 WARM_UP = 3
-# In float32 the rest of a cache of 64 MiB holds 128 tokens more a row.
-MAX_ROUNDS = 100
 
 QueriesKeysValues = tuple[
     Float[Array, "num_seqs num_heads head_dim"],
@@ -48,7 +46,8 @@ class Plan:
 
     - `cache_mib`: sizes of caches, the smallest first.
     - `page_sizes`, `dtypes`: all of them with each other.
-    - `rounds`: timed steps of each.
+    - `rounds`: timed steps of each: in float32 the rest of a cache of 64 MiB holds 128
+        tokens more a row.
     """
 
     cache_mib: tuple[int, ...] = (64, 256, 1024, 4096)
@@ -136,7 +135,8 @@ def _name(case: Case) -> str:
 
 
 def filled_cache(case: Case) -> PagedKVCache:
-    """A cache of the case's size, its tokens stored and its pages in a mixed order."""
+    """A cache of the case's size, with room made for its tokens, on pages in a mixed order.
+    What lies there, zeros, does not matter to the time."""
     num_pages = case.cache_mib * MIB // (case.token_bytes * case.page_size)
     cache = PagedKVCache.empty(
         num_layers=NUM_LAYERS,

@@ -130,6 +130,8 @@ def test_a_lost_case_is_told():
         (("--models", "3b"), "'3b'"),
         (("--spam",), "--spam"),
         (("--out", "/dev/null"), "--out /dev/null: is a file"),
+        (("--cache", "/dev/null"), "--cache /dev/null: is a file"),
+        (("--dry-run", "--publish"), "--publish: a dry run measures nothing"),
         (("--draw", "--out", "{empty}"), "nothing was measured there"),
     ),
 )
@@ -140,7 +142,7 @@ def test_nonsense_is_refused_in_one_line_before_anything_is_timed(
 
     arguments = [x.format(empty=tmp_path) for x in arguments]
     with pytest.raises(SystemExit) as error:
-        bench.main([*arguments, "--cache", str(tmp_path / "cache")])
+        bench.main(["--cache", str(tmp_path / "cache"), *arguments])
     assert error.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1

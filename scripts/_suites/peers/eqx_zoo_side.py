@@ -18,7 +18,10 @@ class EqxZoo(Memory):
     """Its `generate` for one prompt, its `generate_batch` for several."""
 
     def versions(self):
-        return {x: importlib.metadata.version(x) for x in ("eqx-zoo", "jax")}
+        return {
+            "eqx-zoo": importlib.metadata.version("eqx-zoo"),
+            "jax of eqx-zoo": jax.__version__,
+        }
 
     def load(self, checkpoint, dtype):
         model = eqx_zoo.CausalLM.from_pretrained(checkpoint, dtype=jnp.dtype(dtype))

@@ -32,7 +32,10 @@ class Levanter(Memory):
         self._engines = {}
 
     def versions(self):
-        return {"levanter": importlib.metadata.version("levanter")}
+        return {
+            "levanter": importlib.metadata.version("levanter"),
+            "jax of levanter": jax.__version__,
+        }
 
     def load(self, checkpoint, dtype):
         # It asks for a tokenizer, but no text goes through it here.
