@@ -1,5 +1,6 @@
 """The suite `generate`: greedy generation with random weights, by ours and by peers."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -100,6 +101,23 @@ def _timed_together(
             yield from Contest(plan, model, dtype, workload, group).rows(sides, broken)
 
 
+def _at_once(
+    sides: dict[str, Process], request: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Broken]]:
+    """What all sides answer to a request, which is not timed; and who breaks, and how."""
+    failures: dict[str, Broken] = {}
+
+    def ask(name: str) -> Any:
+        try:
+            return sides[name].ask("run", **request)
+        except Broken as error:
+            failures[name] = error
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = dict(zip(sides, pool.map(ask, sides), strict=True))
+    return {name: x for name, x in answers.items() if name not in failures}, failures
+
+
 def _lose(
     sides: dict[str, Process], broken: dict[str, str], name: str, error: Broken
 ) -> None:
@@ -129,21 +147,19 @@ class Contest:
         asked = {"prefix": prefix, "prompts": prompts, "stops": []}
         asked["max_new_tokens"] = self.workload.max_new_tokens
         whole = [prefix + prompt for prompt in prompts]
-        made = sides["paged"].ask("run", **asked)
         if self.workload.stops:
-            asked["stops"] = chosen_stops(made["tokens"])
-            made = sides["paged"].ask("run", **asked)
+            endless = sides["paged"].ask("run", **asked)
+            asked["stops"] = chosen_stops(endless["tokens"])
+        answers, failures = _at_once(sides, asked)
+        for name, error in failures.items():
+            _lose(sides, broken, name, error)
+            yield self._row(name, reason=str(error))
+        made = answers["paged"]
         notes: dict[str, str] = {}
         root = str(checkpoint(self.model, self.plan.cache))
         with auditor(root, self.dtype, self.plan.cache) as audit:
             check_greedy(self._case, whole, made["tokens"], audit, self.dtype)
-            for name, side in list(sides.items()):
-                try:
-                    answer = made if name == "paged" else side.ask("run", **asked)
-                except Broken as error:
-                    _lose(sides, broken, name, error)
-                    yield self._row(name, reason=str(error))
-                    continue
+            for name, answer in answers.items():
                 right, note = compare(
                     answer["tokens"], made["tokens"], whole, audit, self.dtype
                 )
@@ -175,8 +191,9 @@ class Contest:
             for what, request in whats.items()
         }
         lost: dict[str, str] = {}
-        if len(whats) > 1:
-            in_turn(runs, rounds=1, lost=lost)  # of which some compile
+        if "first" in whats:  # which compiles, as the whole did before
+            _, failures = _at_once(sides, whats["first"])
+            lost.update({f"{name} first": str(error) for name, error in failures.items()})
         runs = {name: run for name, run in runs.items() if name not in lost}
         times = in_turn(runs, rounds=self.plan.rounds, lost=lost)
         for name, side in sides.items():
