@@ -185,24 +185,24 @@ class Contest:
         whats = {"all": asked}
         if self.workload.is_plain and self.workload.max_new_tokens > 1:
             whats["first"] = {**asked, "max_new_tokens": 1}
-        runs = {
-            f"{name} {what}": functools.partial(_seconds, side, request)
-            for name, side in sides.items()
-            for what, request in whats.items()
-        }
         lost: dict[str, str] = {}
-        if "first" in whats:  # which compiles, as the whole did before
-            _, failures = _at_once(sides, whats["first"])
-            lost.update({f"{name} first": str(error) for name, error in failures.items()})
-        runs = {name: run for name, run in runs.items() if name not in lost}
-        times = in_turn(runs, rounds=self.plan.rounds, lost=lost)
+        times: dict[str, dict[str, list[float]]] = {}
+        # One after the other: a first token is quick, so that there is time for all rounds.
+        for what, request in whats.items():
+            if what == "first":  # which compiles, as the whole did before
+                _, failures = _at_once(_without(sides, lost), request)
+                lost.update({name: str(error) for name, error in failures.items()})
+            runs = {
+                name: functools.partial(_seconds, side, request)
+                for name, side in _without(sides, lost).items()
+            }
+            times[what] = in_turn(runs, rounds=self.plan.rounds, lost=lost)
         for name, side in sides.items():
-            reasons = [lost[x] for x in (f"{name} {what}" for what in whats) if x in lost]
-            if reasons:
-                yield self._row(name, reason=reasons[0])
+            if name in lost:
+                yield self._row(name, reason=lost[name])
                 continue
             row = self._row(name, note=notes[name])
-            row.seconds.update({what: times[f"{name} {what}"] for what in whats})
+            row.seconds.update({what: times[what][name] for what in whats})
             row.figures.update(self._speeds(row, sum(map(len, made["tokens"]))))
             row.figures.update(self._memory(side, made["cache_bytes"]))
             yield row
@@ -242,6 +242,10 @@ class Contest:
     @property
     def _case(self) -> str:
         return f"{self.model} {self.dtype} {self.workload.name}{self.group}"
+
+
+def _without(sides: dict[str, Process], lost: dict[str, str]) -> dict[str, Process]:
+    return {name: side for name, side in sides.items() if name not in lost}
 
 
 def _seconds(side: Process, request: dict[str, Any]) -> float:
