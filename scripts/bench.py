@@ -51,8 +51,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     for suite in options.suites:
         if suite not in SUITES:
             parser.error(f"{suite!r} is none of {', '.join(SUITES)}")
-    if options.dry_run and options.publish:
-        parser.error("--publish: a dry run measures nothing to publish")
+    if options.publish and (options.dry_run or options.quick):
+        how = "dry" if options.dry_run else "quick"
+        parser.error(f"--publish: a {how} run measures nothing to publish")
     options.suites = [x for x in SUITES if x in (options.suites or SUITES)]
     if options.peers is None:
         small = options.quick or options.dry_run
@@ -233,9 +234,15 @@ def main(arguments: list[str] | None = None) -> None:
             show(report)
             print(f"written: {report.write(options.out)}", flush=True)
     paths = [options.out / f"{suite}.json" for suite in options.suites]
-    reports = [Report.read(path) for path in paths if path.exists()]
+    try:
+        reports = [Report.read(path) for path in paths if path.exists()]
+    except (ValueError, OSError) as error:
+        refuse(PROGRAM, f"--out {options.out}: {error}")
     if not reports:
         refuse(PROGRAM, f"--out {options.out}: nothing was measured there")
+    small = [x.suite for x in reports if x.about.get("size") != "full"]
+    if options.publish and small:
+        refuse(PROGRAM, f"--publish: {' and '.join(small)} were measured in small")
     folder = publish.DOCS if options.publish else options.out
     for report in reports:
         for path in publish.draw(report, folder):

@@ -23,7 +23,7 @@ from .record import Row
 
 # Two of our forms in float32 differ by what the order of additions rounds; in bfloat16 one
 # of the two also rounds the softmax.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-3}
 
 Pool = Real[Array, "num_pages num_kv_heads page_size head_dim"]
 

@@ -109,7 +109,7 @@ def _install(name: str, environment: Environment, cache: pathlib.Path) -> str:
             *([*pip, *step] for step in environment.steps),
         ):
             if subprocess.run(command, stdout=output, stderr=output).returncode:
-                return f"it cannot be installed; {log} says why"
+                return f"it cannot be installed; peers/{name}/pip.log says why"
     return ""
 
 

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from .agree import auditor, check_greedy, compare, Wrong
+from .agree import Asked, auditor, check_greedy, compare, Wrong
 from .measure import in_turn
 from .process import Broken, ours, Process
 from .record import memory_bytes, Row
@@ -122,7 +122,7 @@ def _lose(
     sides: dict[str, Process], broken: dict[str, str], name: str, error: Broken
 ) -> None:
     if name in OURS:
-        raise error
+        raise Broken(f"{name}: {error}")
     sides.pop(name).close()
     broken[name] = str(error)
 
@@ -146,7 +146,6 @@ class Contest:
         prefix, prompts = self.workload.tokens(CONFIGS[self.model].vocab_size)
         asked = {"prefix": prefix, "prompts": prompts, "stops": []}
         asked["max_new_tokens"] = self.workload.max_new_tokens
-        whole = [prefix + prompt for prompt in prompts]
         if self.workload.stops:
             endless = sides["paged"].ask("run", **asked)
             asked["stops"] = chosen_stops(endless["tokens"])
@@ -155,13 +154,15 @@ class Contest:
             _lose(sides, broken, name, error)
             yield self._row(name, reason=str(error))
         made = answers["paged"]
+        limits = [self.workload.max_new_tokens] * len(prompts)
+        wanted = Asked([prefix + prompt for prompt in prompts], limits, asked["stops"])
         notes: dict[str, str] = {}
         root = str(checkpoint(self.model, self.plan.cache))
         with auditor(root, self.dtype, self.plan.cache) as audit:
-            check_greedy(self._case, whole, made["tokens"], audit, self.dtype)
+            check_greedy(self._case, wanted, made["tokens"], audit, self.dtype)
             for name, answer in answers.items():
                 right, note = compare(
-                    answer["tokens"], made["tokens"], whole, audit, self.dtype
+                    answer["tokens"], made["tokens"], wanted, audit, self.dtype
                 )
                 if right:
                     notes[name] = note
@@ -170,7 +171,9 @@ class Contest:
                 else:
                     yield self._row(name, reason=f"wrong: {note}")
         timed = {name: sides[name] for name in notes}
-        for row in self._timed(timed, asked, made, notes):
+        num_new = {name: sum(map(len, answers[name]["tokens"])) for name in notes}
+        for row in self._timed(timed, asked, num_new, made["cache_bytes"]):
+            row = dataclasses.replace(row, note=notes[row.side])
             if row.reason:
                 _lose(sides, broken, row.side, Broken(row.reason))
             yield row
@@ -179,8 +182,8 @@ class Contest:
         self,
         sides: dict[str, Process],
         asked: dict[str, Any],
-        made: dict[str, Any],
-        notes: dict[str, str],
+        num_new: dict[str, int],
+        cache_bytes: int,
     ) -> Iterator[Row]:
         whats = {"all": asked}
         if self.workload.is_plain and self.workload.max_new_tokens > 1:
@@ -201,10 +204,13 @@ class Contest:
             if name in lost:
                 yield self._row(name, reason=lost[name])
                 continue
-            row = self._row(name, note=notes[name])
+            row = self._row(name)
             row.seconds.update({what: times[what][name] for what in whats})
-            row.figures.update(self._speeds(row, sum(map(len, made["tokens"]))))
-            row.figures.update(self._memory(side, made["cache_bytes"]))
+            row.figures.update(self._speeds(row, num_new[name]))
+            try:
+                row.figures.update(self._memory(side, cache_bytes))
+            except Broken as error:
+                row = self._row(name, reason=str(error))
             yield row
 
     def _speeds(self, row: Row, num_new: int) -> dict[str, float]:

@@ -75,7 +75,11 @@ class Process:
         line = self._process.stdout.readline()
         if not line:
             raise Broken(self._last_words())
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError:
+            self.close()  # its next answers would be taken for others
+            raise Broken(f"it answered what is not JSON: {line[:100]!r}") from None
 
     def _last_words(self) -> str:
         code = self._process.wait()

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from .._whole_file import write_whole
 from .measure import num_cores, quartiles
 
 
@@ -69,20 +70,28 @@ class Report:
                 what: quartiles(times) for what, times in row["seconds"].items() if times
             }
         path = folder / f"{self.suite}.json"
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(path, lambda path: path.write_text(text))
         return path
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Report":
-        content = json.loads(path.read_text())
-        for row in content["rows"]:
-            row.pop("quartiles")
-        return cls(
-            content["suite"],
-            content["about"],
-            [Row(**row) for row in content["rows"]],
-            [Ratio(**ratio) for ratio in content["ratios"]],
-        )
+        """What `write` wrote; a `ValueError` that names the file if that is not it."""
+        try:
+            content = json.loads(path.read_text())
+            for row in content["rows"]:
+                row.pop("quartiles")
+            report = cls(
+                content["suite"],
+                content["about"],
+                [Row(**row) for row in content["rows"]],
+                [Ratio(**ratio) for ratio in content["ratios"]],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a report: {error!r}") from None
+        if path.stem != report.suite:
+            raise ValueError(f"{path} is a report of {report.suite}")
+        return report
 
 
 # Of these the smaller is the better.

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from .agree import Audit, auditor, check_greedy, compare, Tokens, Wrong
+from .agree import Asked, Audit, auditor, check_greedy, compare, Tokens, Wrong
 from .measure import in_turn
 from .process import Broken, ours, Process
 from .record import Row
@@ -61,7 +61,7 @@ def _timed_together(plan: Plan, model: str, stack: contextlib.ExitStack) -> Iter
     runs = {name: _Run(x, {**asked, **OURS.get(name, {})}) for name, x in sides.items()}
     root = str(checkpoint(model, plan.cache))
     with auditor(root, DTYPE, plan.cache) as audit:
-        notes, reasons = _compare(plan, root, runs, prompts, audit)
+        notes, reasons = _compare(plan, root, runs, Asked(prompts, limits), audit)
     lost: dict[str, str] = {}
     times = in_turn(
         {name: runs[name].seconds for name in notes},
@@ -108,7 +108,7 @@ class _Run:
 
 
 def _compare(
-    plan: Plan, root: str, runs: dict[str, _Run], prompts: Tokens, audit: Audit
+    plan: Plan, root: str, runs: dict[str, _Run], asked: Asked, audit: Audit
 ) -> tuple[dict[str, str], dict[str, str]]:
     """What there is to note of the sides that make the right tokens, those of the first;
     and why the others are not timed."""
@@ -124,13 +124,13 @@ def _compare(
             tokens = run.tokens()
         except Broken as error:
             if name in OURS:
-                raise
+                raise Broken(f"{name}: {error}") from None
             reasons[name] = str(error)
             continue
         if not reference:
             reference = tokens
-            check_greedy("a queue", prompts, tokens, audit, DTYPE)
-        right, note = compare(tokens, reference, prompts, audit, DTYPE)
+            check_greedy("a queue", asked, tokens, audit, DTYPE)
+        right, note = compare(tokens, reference, asked, audit, DTYPE)
         if right:
             notes[name] = note
         elif name in OURS:

@@ -118,7 +118,8 @@ def checkpoint(name: str, folder: pathlib.Path) -> pathlib.Path:
     )
     write_whole(root / "model.safetensors", write)
     # Last, as the sign that the checkpoint is whole.
-    (root / "config.json").write_text(_config_json(config))
+    text = _config_json(config)
+    write_whole(root / "config.json", lambda path: path.write_text(text))
     return root
 
 

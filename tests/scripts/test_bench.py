@@ -81,6 +81,29 @@ def test_what_was_measured_is_drawn_again_without_measuring(rehearsed, tmp_path,
     assert "written: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "file, text, says",
+    (
+        ("update", "", "update.json is not a report"),
+        ("update", "[]", "update.json is not a report"),
+        ("update", '{"rows": []}', "update.json is not a report"),
+        ("attention", None, "attention.json is a report of update"),
+        ("update", None, "--publish: update were measured in small"),
+    ),
+)
+def test_only_whole_reports_are_published(rehearsed, tmp_path, capsys, file, text, says):
+    from scripts import bench
+
+    if text is None:
+        text = (rehearsed[0] / "update.json").read_text()
+    (tmp_path / f"{file}.json").write_text(text)
+    with pytest.raises(SystemExit) as error:
+        bench.main(["--draw", "--publish", "--out", str(tmp_path)])
+    assert error.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and says in shown.err
+
+
 def test_a_page_gets_the_tables_in_their_places(rehearsed, tmp_path):
     from scripts._suites import publish
 
@@ -132,6 +155,7 @@ def test_a_lost_case_is_told():
         (("--out", "/dev/null"), "--out /dev/null: is a file"),
         (("--cache", "/dev/null"), "--cache /dev/null: is a file"),
         (("--dry-run", "--publish"), "--publish: a dry run measures nothing"),
+        (("--quick", "--publish"), "--publish: a quick run measures nothing"),
         (("--draw", "--out", "{empty}"), "nothing was measured there"),
     ),
 )

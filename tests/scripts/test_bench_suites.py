@@ -1,5 +1,7 @@
 """The parts of `scripts.bench`, each for itself."""
 
+import collections
+import contextlib
 import dataclasses
 import json
 import sys
@@ -22,9 +24,13 @@ def test_sides_run_in_turn():
     def side(name):
         return lambda: order.append(name) or float(len(order))
 
-    times = in_turn({"a": side("a"), "b": side("b")}, rounds=4)
-    assert order == ["a", "b", "b", "a"] * 2
-    assert times == {"a": [1, 4, 5, 8], "b": [2, 3, 6, 7]}
+    times = in_turn({name: side(name) for name in "abc"}, rounds=40)
+    assert all(sorted(order[i : i + 3]) == [*"abc"] for i in range(0, 120, 3))
+    # Each comes after each other one, if not in every round.
+    pairs = collections.Counter(zip(order, order[1:], strict=False))
+    assert all(pairs[a, b] >= 10 for a in "abc" for b in "abc" if a != b)
+    for name in "abc":
+        assert times[name] == [i + 1 for i, x in enumerate(order) if x == name]
 
 
 def test_a_side_that_is_lost_is_left_out():
@@ -188,20 +194,50 @@ def test_rows_end_one_after_the_other():
             "row 1 differs from token 1 on, at most 1.0e-01 std below",
         ),
         ([[1, 2], [4, 5]], {}, False, "row 0 differs from token 2 on: 2 tokens, not 3"),
+        ([[1, 6], [4, 5]], {}, False, "row 0 differs from token 1 on: 2 tokens, not 3"),
+        ([[1, 2, 3], [4, 6, 6]], {}, False, "row 1 differs from token 1 on: 3 tokens"),
+        ([[1, 0], [4, 5]], {(7, 1, 0): [0.0, 1e-6]}, True, "row 0 differs from token 1"),
+        ([[1, 2, 3]], {}, False, "1 rows, not 2"),
+        (
+            [[0, 9, 9], [4, 5]],
+            {(7, 0, 9, 9): [0.0, float("nan"), 0.0]},
+            False,
+            "row 0 differs from token 0 on, at most nan std",
+        ),
     ),
 )
 def test_other_tokens_are_right_only_within_rounding(tokens, gaps, right, says):
-    from scripts._suites.agree import compare
+    from scripts._suites.agree import Asked, compare
 
-    asked = dict(gaps)
+    to_audit = dict(gaps)
 
     def audit(text, num_prompt_tokens):
         assert num_prompt_tokens == 1
-        return asked.pop(tuple(text))
+        return to_audit.pop(tuple(text))
 
-    found = compare(tokens, [[1, 2, 3], [4, 5]], [[7], [8]], audit, "float32")
+    asked = Asked([[7], [8]], limits=[3, 2], stops=[0])
+    found = compare(tokens, [[1, 2, 3], [4, 5]], asked, audit, "float32")
     assert found[0] is right and says in found[1]
-    assert not asked
+    assert not to_audit
+
+
+@pytest.mark.parametrize(
+    "made, gaps, says",
+    (
+        ([1, 2, 3], [0.0] * 3, ""),
+        ([1, 0], [0.0] * 2, ""),
+        ([1, 2], [0.0] * 2, "row 0 has 2 tokens, not 3"),
+        ([1, 2, 3, 4], [0.0] * 4, "row 0 has 4 tokens, not 3"),
+        ([1, 2, 3], [0.0, 0.1, 0.0], "in row 0 a token is 1.0e-01 std below"),
+        ([1, 2, 3], [0.0, float("nan"), 0.0], "in row 0 a token is nan std below"),
+    ),
+)
+def test_ours_are_all_greedy_tokens_that_were_asked_for(made, gaps, says):
+    from scripts._suites.agree import Asked, check_greedy, Wrong
+
+    asked = Asked([[7]], limits=[3], stops=[0])
+    with pytest.raises(Wrong, match=says) if says else contextlib.nullcontext():
+        check_greedy("spam", asked, [made], lambda *_: gaps, "float32")
 
 
 def test_the_gaps_of_a_text_are_those_of_its_tokens_alone():
@@ -277,7 +313,7 @@ def plan_of_fakes(tmp_path, monkeypatch, command_of_fake):
     )
     peers = {x: command_of_fake(x) for x in ("right", "wrong", "broken", "tired")}
     models = (("tiny", "float32"),)
-    about = {"read_ceiling_gb_s": 1.0}
+    about = {"read_ceiling_gb_s": 2.0}
     return generate.Plan(
         models, True, peers, {"far": "it is away"}, tmp_path, tmp_path, about
     )
@@ -285,6 +321,7 @@ def plan_of_fakes(tmp_path, monkeypatch, command_of_fake):
 
 def test_a_peer_that_is_wrong_or_broken_is_listed_with_the_reason(plan_of_fakes):
     from scripts._suites import generate
+    from scripts._suites.shapes import CONFIGS, num_weights
 
     rows = {row.side: row for row in generate.run(plan_of_fakes)}
     reasons = {side: row.reason for side, row in rows.items()}
@@ -300,6 +337,10 @@ def test_a_peer_that_is_wrong_or_broken_is_listed_with_the_reason(plan_of_fakes)
     assert figures["decode_tok_s"] == pytest.approx(2 * 4 / 4)
     assert figures["tok_s"] == pytest.approx(10 / 5.5)
     assert figures["peak_gib"] == 2**-10
+    weights = 4 * num_weights(CONFIGS["tiny"])
+    assert figures["of_needed"] == pytest.approx(2**20 / (weights + 2**20))
+    assert figures["weight_gb_s"] == pytest.approx(weights / 1e9)
+    assert figures["of_roofline"] == pytest.approx(weights / 1e9 / 2)
 
 
 @pytest.fixture
@@ -475,7 +516,7 @@ def test_what_cannot_be_installed_leaves_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(environments, "ENVIRONMENTS", {"bad": bad})
     reason = environments.install("bad", tmp_path)
     log = tmp_path / "peers" / "bad" / "pip.log"
-    assert reason == f"it cannot be installed; {log} says why"
+    assert reason == "it cannot be installed; peers/bad/pip.log says why"
     assert "no such option" in log.read_text()
     peer = environments.Peer("bad", "spam")
     assert environments.command_of(peer, tmp_path) == reason
