@@ -59,9 +59,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         small = options.quick or options.dry_run
         options.peers = [] if small else list(environments.PEERS)
     if options.quick:
-        options.models, options.dtypes = options.models[:1], options.dtypes[:1]
+        options.models = options.models or list(MODELS[:1])
+        options.dtypes = options.dtypes or list(DTYPES[:1])
     if options.dry_run:
         options.models, options.dtypes = ["tiny"], ["float32"]
+    options.models = options.models or list(MODELS)
+    options.dtypes = options.dtypes or list(DTYPES)
     return options
 
 
@@ -102,7 +105,6 @@ def _parser() -> Parser:
         "--models",
         nargs="+",
         choices=MODELS,
-        default=list(MODELS),
         metavar="NAME",
         help=f"of generate, serve and startup: of {', '.join(MODELS)} (default: all, of a "
         "quick run the first)",
@@ -111,7 +113,6 @@ def _parser() -> Parser:
         "--dtypes",
         nargs="+",
         choices=DTYPES,
-        default=list(DTYPES),
         metavar="DTYPE",
         help=f"of generate and startup: of {', '.join(DTYPES)} (default: all, of a quick "
         "run the first)",

@@ -34,7 +34,7 @@ class Peer:
 
 
 # The peers' own versions are exact: others are other peers, and these are known to run.
-# What they stand on is the newest that they can do with.
+# What they stand on is the newest that they can do with; reports say which that was.
 ENVIRONMENTS = {
     "transformers": Environment(
         (("torch", "transformers==5.23.0", "accelerate"),), (10, 13)

@@ -147,7 +147,10 @@ class Contest:
         asked = {"prefix": prefix, "prompts": prompts, "stops": []}
         asked["max_new_tokens"] = self.workload.max_new_tokens
         if self.workload.stops:
-            endless = sides["paged"].ask("run", **asked)
+            try:
+                endless = sides["paged"].ask("run", **asked)
+            except Broken as error:
+                raise Broken(f"paged, {self._case}: {error}") from None
             asked["stops"] = chosen_stops(endless["tokens"])
         answers, failures = _at_once(sides, asked)
         for name, error in failures.items():

@@ -154,8 +154,15 @@ class Ours(Memory):
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         job = Job((tuple(prompt),), max_new_tokens=128, page_size=PAGE_SIZE, burst=1)
-        next(run(self._model, job))
+        self._progress = run(self._model, job)
+        next(self._progress)
         return {"of it compiling": sum(compiling)}
+
+    def second(self) -> dict[str, Any]:
+        """The second token, once `first` is done; compiles the loop that makes it and all
+        later ones."""
+        next(self._progress)
+        return {}
 
     def audit(self, tokens: list[int], num_prompt_tokens: int) -> dict[str, Any]:
         """How far each token after the prompt is from the greedy choice, by attention

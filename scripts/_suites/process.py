@@ -29,7 +29,7 @@ class Process:
         name: str,
         command: list[str],
         log: pathlib.Path,
-        environment: Mapping[str, str] = {},  # noqa: B006  # it is not written to
+        environment: Mapping[str, str] | None = None,
     ):
         self.name = name
         self._log = log
@@ -37,7 +37,7 @@ class Process:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **environment},
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -135,11 +135,15 @@ def describe(**others: Any) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name and kind, where the system tells them."""
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    parts = (line.partition(":") for line in lines)
+    found = {name.strip(): value.strip() for name, _, value in parts}
+    if "model name" not in found:
+        return platform.processor()
+    kind = [f"{x} {found[x]}" for x in ("cpu family", "model") if x in found]
+    return ", ".join([found["model name"], *kind])
 
 
 def memory_bytes() -> int:

@@ -55,13 +55,14 @@ def run(plan: Plan) -> Iterator[Row]:
 
 def _timed_together(plan: Plan, model: str, stack: contextlib.ExitStack) -> Iterator[Row]:
     queue = plan.queue(model)
+    case = f"{model} {DTYPE} {queue.name}"
     prompts, limits = queue.prompts(CONFIGS[model].vocab_size)
     asked = {"prompts": prompts, "limits": limits, "num_rows": queue.num_rows}
     sides = {name: stack.enter_context(x) for name, x in _processes(plan, model).items()}
     runs = {name: _Run(x, {**asked, **OURS.get(name, {})}) for name, x in sides.items()}
     root = str(checkpoint(model, plan.cache))
     with auditor(root, DTYPE, plan.cache) as audit:
-        notes, reasons = _compare(plan, root, runs, Asked(prompts, limits), audit)
+        notes, reasons = _compare(plan, case, root, runs, Asked(prompts, limits), audit)
     lost: dict[str, str] = {}
     times = in_turn(
         {name: runs[name].seconds for name in notes},
@@ -71,7 +72,7 @@ def _timed_together(plan: Plan, model: str, stack: contextlib.ExitStack) -> Iter
     for name in set(lost) & set(OURS):
         raise Broken(f"{name}: {lost[name]}")
     shape = {"model": model, "dtype": DTYPE, **dataclasses.asdict(queue)}
-    row = functools.partial(Row, f"{model} {DTYPE} {queue.name}", shape)
+    row = functools.partial(Row, case, shape)
     for name, seconds in times.items():
         found = row(name, seconds={"all": seconds}, note=notes[name])
         found.figures["tok_s"] = sum(limits) / found.median("all")
@@ -108,7 +109,7 @@ class _Run:
 
 
 def _compare(
-    plan: Plan, root: str, runs: dict[str, _Run], asked: Asked, audit: Audit
+    plan: Plan, case: str, root: str, runs: dict[str, _Run], asked: Asked, audit: Audit
 ) -> tuple[dict[str, str], dict[str, str]]:
     """What there is to note of the sides that make the right tokens, those of the first;
     and why the others are not timed."""
@@ -124,17 +125,17 @@ def _compare(
             tokens = run.tokens()
         except Broken as error:
             if name in OURS:
-                raise Broken(f"{name}: {error}") from None
+                raise Broken(f"{name}, {case}: {error}") from None
             reasons[name] = str(error)
             continue
         if not reference:
             reference = tokens
-            check_greedy("a queue", asked, tokens, audit, DTYPE)
+            check_greedy(case, asked, tokens, audit, DTYPE)
         right, note = compare(tokens, reference, asked, audit, DTYPE)
         if right:
             notes[name] = note
         elif name in OURS:
-            raise Wrong(f"{name}: {note}")
+            raise Wrong(f"{name}, {case}: {note}")
         else:
             reasons[name] = f"wrong: {note}"
     return notes, reasons

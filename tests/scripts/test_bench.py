@@ -173,6 +173,15 @@ def test_nonsense_is_refused_in_one_line_before_anything_is_timed(
     assert shown.err.startswith("bench: ") and says in shown.err
 
 
+def test_a_quick_run_leaves_out_only_what_was_not_asked_for():
+    from scripts.bench import parse_options
+
+    options = parse_options(["--quick"])
+    assert (options.models, options.dtypes, options.peers) == (["135m"], ["float32"], [])
+    options = parse_options(["--quick", "--models", "135m", "1b", "--peers", "eqx-zoo"])
+    assert (options.models, options.peers) == (["135m", "1b"], ["eqx-zoo"])
+
+
 @pytest.mark.slow
 def test_a_dry_run_generates_with_both_of_our_caches_and_starts_up(tmp_path, monkeypatch):
     from scripts import bench
@@ -192,4 +201,5 @@ def test_a_dry_run_generates_with_both_of_our_caches_and_starts_up(tmp_path, mon
     for row in (cold, warm):
         parts = [row.median(x) for x in ("import", "load", "first call")]
         assert sum(parts) == pytest.approx(row.median("total"))
+        assert row.median("to the second") > row.median("total")
     assert absent.reason == "it is not installed; --install-peers does that"

@@ -50,8 +50,9 @@ def ragged_gqa(
     - `k`, `v`: a buffer a row. uint16 is read as the bits of bfloat16.
     - `lengths`, `starts`: a row attends to positions `starts <= i < lengths` of its buffer;
         both count from the buffer's beginning. An empty window gives 0.
-    - `block_size`: how many positions are read at a time. Blocks outside every row's
-        window are not read; on a TPU, none outside a row's own.
+    - `block_size`: how many positions are read at a time, of many rows fewer where a CPU's
+        caches would not hold them. Blocks outside every row's window are not read; on a
+        TPU, none outside a row's own.
     - `implementation`: `"xla"`, `"pallas_tpu"`, or None to let the platform decide.
     - `interpret`: runs the Pallas kernel that `implementation` names on a CPU, slowly:
         True, or `pltpu.InterpretParams`, which can look for races.

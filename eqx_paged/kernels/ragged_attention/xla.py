@@ -15,6 +15,12 @@ from .._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import values_of
 
 
+# Keys of a block, in numbers: with as many values they fit the L2 caches of two cores. Of
+# many rows and heads that is few positions, each of which takes its turn of the loop.
+BLOCK_NUMBERS = 2**18
+MIN_BLOCK = 16
+
+
 def ragged_gqa(
     q: Float[Array, "num_seqs num_heads head_dim"],
     k: Real[Array, "num_seqs max_len num_kv_heads head_dim"],
@@ -33,14 +39,15 @@ def ragged_gqa(
     num_seqs, num_heads, head_dim = q.shape
     max_len, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
-    block = min(block_size, max_len)
+    room = BLOCK_NUMBERS // max(num_seqs * num_kv_heads * head_dim, 1)
+    block = min(max(room, MIN_BLOCK), block_size, max_len)
     starts = jnp.maximum(starts, 0)
     if sliding_window is not None:
         starts = jnp.maximum(starts, lengths - sliding_window)
     queries = q.astype(jnp.float32).reshape(num_seqs, num_kv_heads, group, head_dim)
-    queries = queries * sm_scale
-    if k_scale is not None:  # the keys' factor as well, and there are fewer queries
-        queries = queries * k_scale[None, :, None, None]
+    factor = jnp.full(num_kv_heads, sm_scale, jnp.float32)
+    if k_scale is not None:
+        factor = factor * k_scale
 
     def add_block(carry):
         j, m, l, acc = carry
@@ -53,14 +60,16 @@ def ragged_gqa(
             values_of(jax.lax.dynamic_slice_in_dim(x, at, block, axis=1)) for x in (k, v)
         )
         block_k, block_v = block_k.astype(jnp.float32), block_v.astype(jnp.float32)
-        block_v = jnp.where(keep[:, :, None, None], block_v, 0.0)  # 0 * NaN is not 0
-        logits = jnp.einsum("bkgd,bskd->bkgs", queries, block_k)
+        block_k = _heads_first(block_k * factor[None, None, :, None])
+        # 0 * NaN is not 0.
+        block_v = _heads_first(jnp.where(keep[:, :, None, None], block_v, 0.0))
+        logits = jnp.einsum("bkgd,bksd->bkgs", queries, block_k)
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         p, block_m, block_l = partial_softmax(logits, keep[:, None, None])
         new_m = jnp.maximum(m, block_m)
         old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
-        block_acc = jnp.einsum("bkgs,bskd->bkgd", p, block_v)
+        block_acc = jnp.einsum("bkgs,bksd->bkgd", p, block_v)
         acc = acc * old[..., None] + block_acc * new[..., None]
         return j + 1, new_m, l * old + block_l * new, acc
 
@@ -88,6 +97,14 @@ def ragged_gqa(
         m.reshape(per_head),
         l.reshape(per_head),
     )
+
+
+def _heads_first(
+    block: Float[Array, "num_seqs block num_kv_heads head_dim"],
+) -> Float[Array, "num_seqs num_kv_heads block head_dim"]:
+    # Behind the barrier a copy of whole heads in vector code; the product would make its
+    # own, a number at a time over a stride of all heads, which takes three times as long.
+    return jax.lax.optimization_barrier(jnp.swapaxes(block, 1, 2))
 
 
 def ragged_chunk_attention(
