@@ -23,10 +23,10 @@ from typing import Any
 
 import jax
 
-from ._bench_cases import CASES
-from ._bench_plots import draw
-from ._bench_record import read_devices, read_rows, Recorder
-from ._bench_run import IMPLEMENTATIONS, OURS, Run, run_part
+from ._bench_gpu_cases import CASES
+from ._bench_gpu_plots import draw
+from ._bench_gpu_record import read_devices, read_rows, Recorder
+from ._bench_gpu_run import IMPLEMENTATIONS, OURS, Run, run_part
 from ._command_line import make_directory, Parser, refuse, whole
 
 

@@ -101,63 +101,36 @@ def blocked_attention(
     sinks = None if sinks is None else sinks.reshape(*heads, 1)
     ends = jnp.cumsum(-(-q_lens // tile))
 
-    def attend_tile(item, row):
+    def accumulate_tile(carry):
+        item, *whole = carry
+        row = jnp.sum(item >= ends, dtype=jnp.int32)
         offset = (item - ends[row]) * tile + -(-q_lens[row] // tile) * tile
         here = kv_lens[row] - q_lens[row] + offset + jnp.arange(tile, dtype=jnp.int32)
-        seen_from = kv_starts[row]
-        if sliding_window is not None:
-            first = jnp.maximum(here[0], 0) - sliding_window + 1
-            seen_from = jnp.maximum(seen_from, first)
-        seen_to = jnp.minimum(here[-1] + 1, kv_lens[row])
         start = q_starts[row] + offset
         # A kv head's queries are the rows of one product.
         q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile).transpose(1, 2, 0, 3)
-
-        def add_block(carry):
-            at, m, l, acc = carry
-            k, v = fetch(row, at)
-            position = (at + jnp.arange(block, dtype=jnp.int32))[None]
-            keep = (position <= here[:, None]) & (position >= kv_starts[row])
-            if sliding_window is not None:
-                keep &= here[:, None] - position < sliding_window
-            logits = jnp.einsum("kgqd,ksd->kgqs", q_tile, k)
-            if soft_cap is not None:
-                logits = soft_cap * jnp.tanh(logits / soft_cap)
-            p, block_m, block_l = partial_softmax(logits, keep[None, None])
-            seen = (position >= seen_from) & (position < seen_to)
-            v = jnp.where(seen[..., None], v, 0.0)  # 0 * NaN is not 0
-            block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
-            new_m = jnp.maximum(m, block_m)
-            old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
-            acc = acc * old[..., None] + block_acc * new[..., None]
-            return at + block, new_m, l * old + block_l * new, acc
-
-        _, m, l, acc = jax.lax.while_loop(
-            lambda carry: carry[0] < seen_to,
-            add_block,
-            (
-                seen_from - seen_from % align,
-                jnp.full((*heads, tile), DEFAULT_MASK_VALUE, jnp.float32),
-                jnp.zeros((*heads, tile), jnp.float32),
-                jnp.zeros((*heads, tile, head_dim), jnp.float32),
-            ),
+        acc, m, l = _attend_tile(
+            q_tile,
+            functools.partial(fetch, row),
+            here,
+            kv_starts[row],
+            kv_lens[row],
+            block=block,
+            align=align,
+            soft_cap=soft_cap,
+            sliding_window=sliding_window,
         )
         out = normalise(acc, m, l, sinks)
         if v_scale is not None:
             out = out * v_scale[:, None, None, None]
         exists = offset + jnp.arange(tile, dtype=jnp.int32) < q_lens[row]
-        return start, exists, (out, m, l)
-
-    def work_off_a_tile(carry):
-        item, *whole = carry
-        row = jnp.sum(item >= ends, dtype=jnp.int32)
-        start, exists, part = attend_tile(item, row)
-        return item + 1, *map(functools.partial(_put, exists, start), whole, part)
+        put = functools.partial(_put, exists, start)
+        return item + 1, *map(put, whole, (out, m, l))
 
     per_query = (num_tokens + tile, *heads)
     _, *whole = jax.lax.while_loop(
         lambda carry: carry[0] < ends[-1],
-        work_off_a_tile,
+        accumulate_tile,
         (
             jnp.int32(0),
             jnp.zeros((*per_query, head_dim), jnp.float32),
@@ -167,6 +140,58 @@ def blocked_attention(
     )
     out, m, l = (x[:num_tokens].reshape(num_tokens, num_heads, *x.shape[3:]) for x in whole)
     return out.astype(q.dtype), m, l
+
+
+def _attend_tile(
+    q: Float[Array, "num_kv_heads group tile head_dim"],
+    fetch: Callable[[Int32[Array, ""]], tuple[Array, Array]],
+    here: Int32[Array, " tile"],
+    kv_start: Int32[Array, ""],
+    kv_len: Int32[Array, ""],
+    *,
+    block: int,
+    align: int,
+    soft_cap: float | None,
+    sliding_window: int | None,
+) -> tuple[Array, Array, Array]:
+    """Attends from the queries at positions `here` of a row, a block of keys at a time.
+    Gives the output before it is divided, the largest logit and the denominator."""
+    seen_from = kv_start
+    if sliding_window is not None:
+        first = jnp.maximum(here[0], 0) - sliding_window + 1
+        seen_from = jnp.maximum(seen_from, first)
+    seen_to = jnp.minimum(here[-1] + 1, kv_len)
+
+    def add_block(carry):
+        at, m, l, acc = carry
+        k, v = fetch(at)
+        position = (at + jnp.arange(block, dtype=jnp.int32))[None]
+        keep = (position <= here[:, None]) & (position >= kv_start)
+        if sliding_window is not None:
+            keep &= here[:, None] - position < sliding_window
+        logits = jnp.einsum("kgqd,ksd->kgqs", q, k)
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        p, block_m, block_l = partial_softmax(logits, keep[None, None])
+        seen = (position >= seen_from) & (position < seen_to)
+        v = jnp.where(seen[..., None], v, 0.0)  # 0 * NaN is not 0
+        block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
+        new_m = jnp.maximum(m, block_m)
+        old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
+        acc = acc * old[..., None] + block_acc * new[..., None]
+        return at + block, new_m, l * old + block_l * new, acc
+
+    _, m, l, acc = jax.lax.while_loop(
+        lambda carry: carry[0] < seen_to,
+        add_block,
+        (
+            seen_from - seen_from % align,
+            jnp.full(q.shape[:-1], DEFAULT_MASK_VALUE, jnp.float32),
+            jnp.zeros(q.shape[:-1], jnp.float32),
+            jnp.zeros(q.shape, jnp.float32),
+        ),
+    )
+    return acc, m, l
 
 
 def _put(exists, start, whole, part):

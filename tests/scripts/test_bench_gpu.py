@@ -92,8 +92,8 @@ def test_no_matplotlib_is_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_the_defaults_and_the_best_of_a_sweep_are_drawn_apart():
-    from scripts._bench_plots import _best
-    from scripts._bench_record import Row
+    from scripts._bench_gpu_plots import _best
+    from scripts._bench_gpu_record import Row
 
     row = Row("decode", "D1", "triton", "", "skipped")
     times = {"": 2.0, "a": 3.0, "b": 1.0}
@@ -116,7 +116,7 @@ def test_a_dry_run_finds_the_kernels_correct(tmp_path):
 
 def test_what_is_wrong_is_told_and_not_timed(tmp_path, monkeypatch, capsys):
     from scripts import bench_gpu
-    from scripts._bench_record import Row
+    from scripts._bench_gpu_record import Row
 
     wrong = Row("correctness", "spam", "triton", "", "failed", "it is 3 off")
     parts = []
@@ -140,7 +140,7 @@ def test_what_is_wrong_is_told_and_not_timed(tmp_path, monkeypatch, capsys):
 # A process that is asked for three rows: the first is done, the second `breaks`.
 CHILD = """
 import dataclasses, json, os, sys, time
-from scripts._bench_record import Row
+from scripts._bench_gpu_record import Row
 first = int(sys.argv[sys.argv.index("--first") + 1])
 print("a warning that is no JSON", 3, flush=True)
 print(3, flush=True)
@@ -154,8 +154,8 @@ for i in range(first, 3):
 
 
 def rows_of_child(breaks, seconds=60.0, silence=60.0):
-    from scripts._bench_record import Row
-    from scripts._bench_run import child_rows
+    from scripts._bench_gpu_record import Row
+    from scripts._bench_gpu_run import child_rows
 
     command = [sys.executable, "-c", CHILD.replace("BREAKS", breaks)]
     row = Row("decode", "all", "spam", "", "skipped")
@@ -202,8 +202,8 @@ def test_where_the_benchmark_is_ended_nothing_waits_to_end_a_process_that_hangs(
 
 
 def test_a_process_that_begins_nothing_is_told_once():
-    from scripts._bench_record import Row
-    from scripts._bench_run import child_rows
+    from scripts._bench_gpu_record import Row
+    from scripts._bench_gpu_run import child_rows
 
     row = Row("decode", "all", "torch", "", "skipped")
     command = [sys.executable, "-c", "import no_such_module"]
@@ -214,7 +214,7 @@ def test_a_process_that_begins_nothing_is_told_once():
 
 
 def test_a_result_that_is_off_is_failed():
-    from scripts._bench_record import Row
+    from scripts._bench_gpu_record import Row
 
     row = Row("decode", "D1", "spam", "", "skipped")
     wanted = np.array([0.0, 100.0])
@@ -225,9 +225,9 @@ def test_a_result_that_is_off_is_failed():
 
 
 def test_a_sweep_is_whole_on_the_first_case_of_a_page_size_and_its_best_on_the_rest():
-    from scripts._bench_cases import cases_of
-    from scripts._bench_record import Row
-    from scripts._bench_run import best_configs, first_of_each_page_size
+    from scripts._bench_gpu_cases import cases_of
+    from scripts._bench_gpu_record import Row
+    from scripts._bench_gpu_run import best_configs, first_of_each_page_size
 
     decode = cases_of("decode", dry_run=False)
     assert first_of_each_page_size(decode) == ["D1", "D1p"]
@@ -238,8 +238,8 @@ def test_a_sweep_is_whole_on_the_first_case_of_a_page_size_and_its_best_on_the_r
 
 
 def test_no_pool_stays_in_the_cache():
-    from scripts._bench_cases import CASES
-    from scripts._bench_clock import Effort
+    from scripts._bench_gpu_cases import CASES
+    from scripts._bench_gpu_clock import Effort
 
     for case in CASES:
         num_pools = Effort().pools_for(case.kv_bytes)
@@ -248,8 +248,8 @@ def test_no_pool_stays_in_the_cache():
 
 def test_flex_attention_is_told_blocks_that_it_has_kernels_for():
     pytest.importorskip("torch", reason="PyTorch is not among what tests need")
-    from scripts._bench_cases import CASES
-    from scripts._bench_torch import flex_blocks
+    from scripts._bench_gpu_cases import CASES
+    from scripts._bench_gpu_torch import flex_blocks
 
     for case in CASES:
         (q_block, kv_block), options = flex_blocks(case)
@@ -262,7 +262,7 @@ def test_flex_attention_is_told_blocks_that_it_has_kernels_for():
 
 
 def test_the_cases_are_of_the_sizes_that_are_told():
-    from scripts._bench_cases import CASES
+    from scripts._bench_gpu_cases import CASES
 
     cases = {case.name: case for case in CASES}
     # 64 rows of 2,048 tokens, each of 8 heads of 128 keys and as many values of 2 bytes.

@@ -68,7 +68,7 @@ def paged_attention(
         seen = (first[row] - start, jnp.where(exists, kv_lens[row] - start, 0))
         return row, index, *seen
 
-    def work_off_a_tile(carry):
+    def accumulate_pages(carry):
         done, (row, index, seen_from, seen_to), m, l, acc = carry
         keep = (offsets >= seen_from[:, None]) & (offsets < seen_to[:, None])
         # Turned and scaled as they are fetched: the product of keys in this order is
@@ -95,7 +95,7 @@ def paged_attention(
     per_query = (num_seqs, num_kv_heads, group)
     *_, m, l, acc = jax.lax.while_loop(
         lambda carry: carry[0] < ends[-1],
-        work_off_a_tile,
+        accumulate_pages,
         (
             jnp.int32(0),
             tile_from(0),

@@ -1,5 +1,5 @@
 """One implementation's work in a part of the GPU benchmark, in a process of its own:
-`python -m scripts._bench_child PART IMPLEMENTATION`.
+`python -m scripts._bench_gpu_child PART IMPLEMENTATION`.
 
 What breaks there breaks that process alone: the parent tells what was begun, and goes on
 after it in another one. Prints what it begins, and a row of JSON as soon as it is found.
@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._bench_candidates import Candidate, NotHere, ours, swept
-from ._bench_cases import BenchCase, cases_of
-from ._bench_ceilings import ceilings
-from ._bench_clock import Clock, Effort, REHEARSAL
-from ._bench_correctness import checked, checked_large, checks, TOLERANCE
-from ._bench_data import data_of
-from ._bench_peers import peers, swept_peers
-from ._bench_record import Row, row_of
-from ._bench_timer import time_calls
+from ._bench_gpu_candidates import Candidate, NotHere, ours, swept
+from ._bench_gpu_cases import BenchCase, cases_of
+from ._bench_gpu_ceilings import ceilings
+from ._bench_gpu_clock import Clock, Effort, REHEARSAL
+from ._bench_gpu_correctness import checked, checked_large, checks, TOLERANCE
+from ._bench_gpu_data import data_of
+from ._bench_gpu_peers import peers, swept_peers
+from ._bench_gpu_record import Row, row_of
+from ._bench_gpu_timer import time_calls
 
 
 class Task(NamedTuple):

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Iterable
 
-from ._bench_record import Row
+from ._bench_gpu_record import Row
 
 
 UNITS = {

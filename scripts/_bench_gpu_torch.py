@@ -1,4 +1,4 @@
-"""PyTorch's side of the GPU benchmark: `python -m scripts._bench_torch PART`.
+"""PyTorch's side of the GPU benchmark: `python -m scripts._bench_gpu_torch PART`.
 
 A process of its own, so that two frameworks do not share the GPU's memory, and perhaps with
 another Python: no JAX is imported. Prints what it is,
@@ -24,9 +24,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.experimental._paged_attention import PagedAttention
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ._bench_cases import BenchCase, cases_of
-from ._bench_clock import Clock, Effort, REHEARSAL, timed
-from ._bench_record import Row, row_of
+from ._bench_gpu_cases import BenchCase, cases_of
+from ._bench_gpu_clock import Clock, Effort, REHEARSAL, timed
+from ._bench_gpu_record import Row, row_of
 
 
 # Those that a GPU has, and what a CPU has.

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ._bench_cases import BenchCase, cases_of
-from ._bench_clock import Clock
-from ._bench_record import Recorder, Row
+from ._bench_gpu_cases import BenchCase, cases_of
+from ._bench_gpu_clock import Clock
+from ._bench_gpu_record import Recorder, Row
 
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -120,9 +120,15 @@ def _command(part: str, run: Run, work: Work, rows: list[Row]) -> list[str] | No
     """Of a process, or None where there is nothing to do."""
     cases = [case.name for case in run.chosen(part)]
     if work.implementation == "torch":
-        command = [run.torch, "-m", "scripts._bench_torch", part]
+        command = [run.torch, "-m", "scripts._bench_gpu_torch", part]
     else:
-        command = [sys.executable, "-m", "scripts._bench_child", part, work.implementation]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts._bench_gpu_child",
+            part,
+            work.implementation,
+        ]
         command += ["--baselines", str(run.baselines)]
     command += ["--dry-run"] if run.dry_run else []
     if part in ("correctness", "ceilings"):

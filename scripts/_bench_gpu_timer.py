@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ._bench_clock import Effort, timed, Timing
+from ._bench_gpu_clock import Effort, timed, Timing
 
 
 @dataclasses.dataclass(frozen=True)

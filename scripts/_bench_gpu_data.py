@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Real
 
-from ._bench_cases import BenchCase
+from ._bench_gpu_cases import BenchCase
 
 
 Pool = tuple[

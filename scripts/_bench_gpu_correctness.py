@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._bench_candidates import as_run, IMPLEMENTATIONS
-from ._bench_data import random_numbers
-from ._bench_record import Row
+from ._bench_gpu_candidates import as_run, IMPLEMENTATIONS
+from ._bench_gpu_data import random_numbers
+from ._bench_gpu_record import Row
 
 
 # Of results of size 1, whose queries, keys and values are exact in bfloat16: its rounding,

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._bench_candidates import Candidate, NotHere
-from ._bench_cases import BenchCase
-from ._bench_data import Data
-from ._bench_timer import Prepared
+from ._bench_gpu_candidates import Candidate, NotHere
+from ._bench_gpu_cases import BenchCase
+from ._bench_gpu_data import Data
+from ._bench_gpu_timer import Prepared
 
 
 def peers(

@@ -7,7 +7,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from ._bench_cases import BenchCase
+from ._bench_gpu_cases import BenchCase
 
 
 Status = Literal["timed", "right", "absent", "failed", "broken", "skipped"]

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import eqx_paged
 
-from ._bench_cases import BenchCase
-from ._bench_data import Data
-from ._bench_timer import Prepared
+from ._bench_gpu_cases import BenchCase
+from ._bench_gpu_data import Data
+from ._bench_gpu_timer import Prepared
 
 
 class NotHere(Exception):

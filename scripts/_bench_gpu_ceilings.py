@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from ._bench_clock import Effort
-from ._bench_data import random_numbers
-from ._bench_record import Row
-from ._bench_timer import Prepared, time_calls
+from ._bench_gpu_clock import Effort
+from ._bench_gpu_data import random_numbers
+from ._bench_gpu_record import Row
+from ._bench_gpu_timer import Prepared, time_calls
 
 
 def ceilings(
