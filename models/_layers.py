@@ -18,6 +18,8 @@ State = TypeVar("State")
 
 # Up to here, a matrix times tokens is faster than tokens times a matrix.
 FEW_TOKENS = 128
+# But a token times a matrix of so many outputs is faster than the matrix times the token.
+MANY_OUTPUTS = 8192
 
 
 def multiply(
@@ -34,7 +36,8 @@ def multiply(
 
     One vector a token.
     """
-    if x.shape[0] <= FEW_TOKENS and weight.dtype == jnp.float32:
+    wide = x.shape[0] == 1 and weight.shape[0] >= MANY_OUTPUTS
+    if x.shape[0] <= FEW_TOKENS and weight.dtype == jnp.float32 and not wide:
         # XLA on CPU then reads it at the speed of the memory, and otherwise two to three
         # times slower. Without the barrier it would swap them back.
         return jax.lax.optimization_barrier(weight @ x.T).T

@@ -134,7 +134,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="put what was measured into docs/benchmarks.md",
+        help="put what was measured into docs/benchmarks.md, where other cases stay",
     )
     return parser
 
@@ -245,6 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.publish and small:
         refuse(PROGRAM, f"--publish: {' and '.join(small)} were measured in small")
     folder = publish.DOCS if options.publish else options.out
+    if options.publish:
+        reports = [publish.with_published(report, folder) for report in reports]
     for report in reports:
         for path in publish.draw(report, folder):
             print(f"written: {path}")

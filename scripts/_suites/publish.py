@@ -28,6 +28,12 @@ def draw(report: Report, folder: pathlib.Path) -> list[pathlib.Path]:
     return drawn
 
 
+def with_published(report: Report, folder: pathlib.Path) -> Report:
+    """With the published cases that were not measured again."""
+    path = folder / f"{report.suite}.json"
+    return report.with_earlier(Report.read(path)) if path.exists() else report
+
+
 def rewrite(page: pathlib.Path, reports: Sequence[Report]) -> None:
     """Replaces what stands between `<!-- SUITE -->` and `<!-- end -->`."""
     text = page.read_text(encoding="utf-8")
@@ -43,8 +49,10 @@ def rewrite(page: pathlib.Path, reports: Sequence[Report]) -> None:
 
 def content(report: Report) -> str:
     """A report as Markdown: on what it was taken, its tables, who won where."""
-    about = ", ".join(f"{name} {value}" for name, value in report.about.items())
-    parts = [f"Taken on: {about}.", markdown(*table_of(report.rows))]
+    parts = [f"Taken on: {_listed(report.about)}."]
+    for run in report.earlier:
+        parts.append(f"Of another run are {'; '.join(run.cases)}: {_listed(run.about)}.")
+    parts.append(markdown(*table_of(report.rows)))
     if report.ratios:
         parts += ["Times as good:", markdown(*ratio_table(report.ratios))]
         lost = [x for x in report.ratios if x.ratio < 1]
@@ -52,6 +60,10 @@ def content(report: Report) -> str:
         parts += ["Where another side wins:"]
         parts += [markdown(headings, lines) if lost else "nowhere."]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _listed(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 # --- Plots

@@ -55,6 +55,14 @@ class Ratio:
 
 
 @dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What some of a report's cases were taken on, which are of another run."""
+
+    cases: list[str]
+    about: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """All that a suite found."""
 
@@ -62,6 +70,21 @@ class Report:
     about: dict[str, Any]
     rows: list[Row]
     ratios: list[Ratio]
+    earlier: list[Earlier] = dataclasses.field(default_factory=list)
+
+    def with_earlier(self, other: "Report") -> "Report":
+        """With the cases of `other` that this one lacks, and what they were taken on."""
+        now = {row.case for row in self.rows}
+        older = {case for part in other.earlier for case in part.cases}
+        its_own = dict.fromkeys(row.case for row in other.rows if row.case not in older)
+        parts = [*other.earlier, Earlier(list(its_own), other.about)]
+        left = [Earlier([x for x in y.cases if x not in now], y.about) for y in parts]
+        return dataclasses.replace(
+            self,
+            rows=[*self.rows, *(x for x in other.rows if x.case not in now)],
+            ratios=[*self.ratios, *(x for x in other.ratios if x.case not in now)],
+            earlier=[part for part in left if part.cases],
+        )
 
     def write(self, folder: pathlib.Path) -> pathlib.Path:
         content = dataclasses.asdict(self)
@@ -86,6 +109,7 @@ class Report:
                 content["about"],
                 [Row(**row) for row in content["rows"]],
                 [Ratio(**ratio) for ratio in content["ratios"]],
+                [Earlier(**part) for part in content["earlier"]],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report: {error!r}") from None

@@ -223,3 +223,16 @@ def test_gradients_reach_every_weight(getkey):
 
     for path, grad in jax.tree_util.tree_leaves_with_path(gradient(decoder)):
         assert float(jnp.abs(grad).max()) > 0, path
+
+
+# Each is multiplied in another way: one token and many outputs, few tokens, many tokens.
+@pytest.mark.parametrize("num_tokens", (1, 2, 128, 129))
+@pytest.mark.parametrize("out_size", (8191, 8192))
+def test_tokens_times_a_matrix_are_the_same_however_many_there_are(num_tokens, out_size):
+    from models._layers import multiply
+
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal((n, 24)) for n in (num_tokens, out_size))
+    out = jax.jit(multiply)(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32))
+    # Sums of 24 products of about 1, each rounded to 24 bits.
+    np.testing.assert_allclose(out, x @ weight.T, rtol=0, atol=2e-5)

@@ -122,6 +122,33 @@ def test_a_page_gets_the_tables_in_their_places(rehearsed, tmp_path):
         publish.rewrite(page, [update])
 
 
+def test_published_cases_stay_until_they_are_measured_again(tmp_path):
+    from scripts._suites import publish
+    from scripts._suites.record import Earlier, Ratio, Report, Row
+
+    def of(run, *cases):
+        rows = [Row(case, {}, "paged", {"all": [1.0]}) for case in cases]
+        ratios = [Ratio(x, "tok_s", "paged", "peer", float(run)) for x in cases]
+        return Report("generate", {"commit": f"c{run}"}, rows, ratios)
+
+    published = of(1, "a", "b", "c")
+    for new, wanted in (
+        (of(2, "b"), [Earlier(["a", "c"], {"commit": "c1"})]),
+        (
+            of(3, "c", "d"),
+            [Earlier(["a"], {"commit": "c1"}), Earlier(["b"], {"commit": "c2"})],
+        ),
+    ):
+        published.write(tmp_path)
+        published = publish.with_published(new, tmp_path)
+        assert published.earlier == wanted
+    assert {x.case: x.ratio for x in published.ratios} == {"a": 1, "b": 2, "c": 3, "d": 3}
+    assert sorted(row.case for row in published.rows) == ["a", "b", "c", "d"]
+    assert "Of another run are b: commit c2." in publish.content(published)
+    again = publish.with_published(of(4, *"abcd"), tmp_path)
+    assert again == of(4, *"abcd")
+
+
 def test_the_page_of_the_documentation_has_a_place_for_every_suite():
     from scripts import bench
     from scripts._suites import publish
