@@ -74,6 +74,17 @@ def test_buffer_sizes(getkey, implementation, size):
     check(case, implementation)
 
 
+def test_many_rows_and_heads_are_read_a_few_positions_at_a_time(getkey):
+    # So many numbers a position that XLA's blocks are the smallest, of 16 positions.
+    edges = (0, 1, 16, 17, 33, 50)
+    windows = [(start, end) for start in edges for end in edges if start <= end]
+    case = ragged_case(
+        getkey(), windows=windows, size=50, num_heads=8, num_kv_heads=4, head_dim=256
+    )
+    assert 16 * len(windows) * 4 * 256 > 2**18
+    check(case, "xla")
+
+
 @every_implementation
 @pytest.mark.parametrize("group, num_kv_heads", ((1, 3), (3, 2), (4, 1), (7, 2), (8, 2)))
 def test_head_ratios(getkey, implementation, group, num_kv_heads):

@@ -39,7 +39,7 @@ def ragged_gqa(
     num_seqs, num_heads, head_dim = q.shape
     max_len, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
-    room = BLOCK_NUMBERS // max(num_seqs * num_kv_heads * head_dim, 1)
+    room = BLOCK_NUMBERS // (num_seqs * num_kv_heads * head_dim)
     block = min(max(room, MIN_BLOCK), block_size, max_len)
     starts = jnp.maximum(starts, 0)
     if sliding_window is not None:
