@@ -103,12 +103,16 @@ def _jax_contiguous(case: BenchCase, data: Callable[[], Data], on_gpu: bool) -> 
 # --- cuDNN
 
 
-def _cudnn_paged(case: BenchCase, data: Callable[[], Data], on_gpu: bool) -> Prepared:
+def _check_cudnn(case: BenchCase, on_gpu: bool, reads: str) -> None:
     _check_gpu(on_gpu)
     if not case.is_decode:
         _check_prompts(case)
     if case.dtype != "bfloat16":
-        raise NotHere(f"it reads no pages of {case.dtype}")
+        raise NotHere(f"it reads no {reads} of {case.dtype}")
+
+
+def _cudnn_paged(case: BenchCase, data: Callable[[], Data], on_gpu: bool) -> Prepared:
+    _check_cudnn(case, on_gpu, "pages")
     # Private, and the only way to it.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -137,11 +141,7 @@ def _cudnn_paged(case: BenchCase, data: Callable[[], Data], on_gpu: bool) -> Pre
 
 
 def _cudnn_contiguous(case: BenchCase, data: Callable[[], Data], on_gpu: bool) -> Prepared:
-    _check_gpu(on_gpu)
-    if not case.is_decode:
-        _check_prompts(case)
-    if case.dtype != "bfloat16":
-        raise NotHere(f"it reads no keys of {case.dtype}")
+    _check_cudnn(case, on_gpu, "keys")
 
     def step(q, pool, kv_lens):
         return jax.nn.dot_product_attention(

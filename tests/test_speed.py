@@ -162,7 +162,8 @@ def test_looking_up_what_a_text_repeats_beats_a_step_a_token():
         plain, looked_up = (best[f"{name} 64"] - best[f"{name} 1"] for name in drafts)
         return plain / looked_up
 
-    measure()  # compiles
+    for first_run in runs.values():
+        first_run()  # compiles
     assert_at_least(1.5, measure)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from ._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
+from ._online_softmax import accumulate, DEFAULT_MASK_VALUE, normalise, partial_softmax
 
 
 # Queries of a tile: with 3 heads a kv head, XLA works on its products with all cores, for
@@ -163,7 +163,7 @@ def _attend_tile(
     seen_to = jnp.minimum(here[-1] + 1, kv_len)
 
     def add_block(carry):
-        at, m, l, acc = carry
+        at, *so_far = carry
         k, v = fetch(at)
         position = (at + jnp.arange(block, dtype=jnp.int32))[None]
         keep = (position <= here[:, None]) & (position >= kv_start)
@@ -176,10 +176,7 @@ def _attend_tile(
         seen = (position >= seen_from) & (position < seen_to)
         v = jnp.where(seen[..., None], v, 0.0)  # 0 * NaN is not 0
         block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
-        new_m = jnp.maximum(m, block_m)
-        old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
-        acc = acc * old[..., None] + block_acc * new[..., None]
-        return at + block, new_m, l * old + block_l * new, acc
+        return at + block, *accumulate(tuple(so_far), (block_m, block_l, block_acc))
 
     _, m, l, acc = jax.lax.while_loop(
         lambda carry: carry[0] < seen_to,

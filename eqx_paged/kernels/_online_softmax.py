@@ -30,6 +30,21 @@ def partial_softmax(
     return p, m, jnp.sum(p, axis=-1)
 
 
+Partial = tuple[
+    Float[Array, "*queries"], Float[Array, "*queries"], Float[Array, "*queries head_dim"]
+]
+
+
+def accumulate(so_far: Partial, part: Partial) -> Partial:
+    """Adds a part's max, sum and unnormalised output to those of all parts before it."""
+    m, l, acc = so_far
+    part_m, part_l, part_acc = part
+    new_m = jnp.maximum(m, part_m)
+    old, new = jnp.exp(m - new_m), jnp.exp(part_m - new_m)
+    acc = acc * old[..., None] + part_acc * new[..., None]
+    return new_m, l * old + part_l * new, acc
+
+
 def normalise(
     acc: Float[Array, "*queries head_dim"],
     m: Float[Array, "*queries"],

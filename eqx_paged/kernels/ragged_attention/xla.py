@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
 from .._blocked import blocked_attention, key_block, Results, split_rows
-from .._online_softmax import DEFAULT_MASK_VALUE, normalise, partial_softmax
+from .._online_softmax import accumulate, DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import values_of
 
 
@@ -50,7 +50,7 @@ def ragged_gqa(
         factor = factor * k_scale
 
     def add_block(carry):
-        j, m, l, acc = carry
+        j, *so_far = carry
         # The last block is moved back to end with the buffer; what it sees again is hidden.
         at = jnp.minimum(j * block, max_len - block)
         position = (at + jnp.arange(block, dtype=jnp.int32))[None]
@@ -67,11 +67,8 @@ def ragged_gqa(
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         p, block_m, block_l = partial_softmax(logits, keep[:, None, None])
-        new_m = jnp.maximum(m, block_m)
-        old, new = jnp.exp(m - new_m), jnp.exp(block_m - new_m)
         block_acc = jnp.einsum("bkgs,bksd->bkgd", p, block_v)
-        acc = acc * old[..., None] + block_acc * new[..., None]
-        return j + 1, new_m, l * old + block_l * new, acc
+        return j + 1, *accumulate(tuple(so_far), (block_m, block_l, block_acc))
 
     per_query = (num_seqs, num_kv_heads, group)
     in_use = lengths > starts
