@@ -7,11 +7,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -187,7 +187,6 @@ def child_rows(
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
                 start_new_session=True,
             ) as process:
                 try:
@@ -221,22 +220,32 @@ def child_rows(
 def _contents(
     process: subprocess.Popen, clock: Clock, silence: float
 ) -> Iterator[dict[str, Any]]:
-    """The JSON objects that it prints, one a line; what else it prints is skipped. It and
-    what it has started are ended when it is silent for too long, or its time is up."""
-    assert process.stdout is not None
-    while True:
-        limit = min(silence, max(clock.seconds_left, 0) + GRACE)
-        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        try:
-            timer.start()
-            line = process.stdout.readline()
-        finally:  # also where this process is ended
-            timer.cancel()
-        if not line:
-            return
+    """The JSON objects that it prints, one a line; what else it prints is skipped."""
+    for line in _lines(process, clock, silence):
         try:
             content = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no text
             continue
         if isinstance(content, dict):
             yield content
+
+
+def _lines(process: subprocess.Popen, clock: Clock, silence: float) -> Iterator[bytes]:
+    """The whole lines that it prints. It and what it has started are ended when it is
+    silent for too long, or its time is up.
+
+    One thread: a signal that ends this process leaves none behind.
+    """
+    assert process.stdout is not None
+    rest = b""
+    while True:
+        limit = min(silence, max(clock.seconds_left, 0) + GRACE)
+        ready, _, _ = select.select([process.stdout], [], [], limit)
+        if not ready:
+            os.killpg(process.pid, signal.SIGKILL)
+            return
+        found = os.read(process.stdout.fileno(), 1 << 16)
+        if not found:
+            return
+        *lines, rest = (rest + found).split(b"\n")
+        yield from lines
