@@ -42,7 +42,7 @@ STEPS = (
 )
 
 
-def cache_of(kind, dtype):
+def cache_of(kind, dtype, max_len=40):
     import eqx_paged
 
     sizes = dict(
@@ -50,11 +50,13 @@ def cache_of(kind, dtype):
         num_seqs=3,
         num_kv_heads=NUM_KV_HEADS,
         head_dim=HEAD_DIM,
-        max_len=40,
+        max_len=max_len,
         dtype=jnp.dtype(dtype),
     )
     if kind == "paged":
-        cache = eqx_paged.PagedKVCache.empty(**sizes, num_pages=15, page_size=8)
+        cache = eqx_paged.PagedKVCache.empty(
+            **sizes, num_pages=3 * max_len // 8, page_size=8
+        )
     else:
         cache = eqx_paged.RaggedKVCache.empty(**sizes)
     # What was never written must not matter.
@@ -90,18 +92,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", ("paged", "ragged"))
-@pytest.mark.parametrize(
-    "options, dtype",
-    [*((name, "float32") for name in OPTIONS if name != "xla"), ("xla", "bfloat16")],
-)
-def test_a_layer_over_many_steps_equals_dense_attention(getkey, kind, options, dtype):
-    options = OPTIONS[options]
-    rng = rng_of(getkey())
-    cache, attention = cache_of(kind, dtype), layer_of(kind, options)
-    options = {n: x for n, x in options.items() if n != "implementation"}
+def check_steps(key, steps, cache, attention, dtype="float32", **options):
+    """That steps of `q_lens` and padded numbers of tokens equal dense attention."""
+    rng = rng_of(key)
     past = [(np.zeros((0, NUM_KV_HEADS, HEAD_DIM)),) * 2 for _ in range(3)]
-    for q_lens, num_tokens in STEPS:
+    for q_lens, num_tokens in steps:
         total = 3 if num_tokens is None else num_tokens
         q = normal(rng, (total, NUM_HEADS, HEAD_DIM), dtype)
         k, v = (normal(rng, (total, NUM_KV_HEADS, HEAD_DIM), dtype) for _ in range(2))
@@ -119,6 +114,28 @@ def test_a_layer_over_many_steps_equals_dense_attention(getkey, kind, options, d
             wanted[tokens] = oracle.attention(q[tokens], *past[i], **options)[0]
             first += n
         assert_close(out, wanted, dtype)
+
+
+@pytest.mark.parametrize("kind", ("paged", "ragged"))
+@pytest.mark.parametrize(
+    "options, dtype",
+    [*((name, "float32") for name in OPTIONS if name != "xla"), ("xla", "bfloat16")],
+)
+def test_a_layer_over_many_steps_equals_dense_attention(getkey, kind, options, dtype):
+    options = OPTIONS[options]
+    cache, attention = cache_of(kind, dtype), layer_of(kind, options)
+    options = {n: x for n, x in options.items() if n != "implementation"}
+    check_steps(getkey(), STEPS, cache, attention, dtype, **options)
+
+
+@pytest.mark.parametrize("kind", ("paged", "ragged"))
+@pytest.mark.parametrize("options", ({}, dict(sliding_window=100)), ids=("all", "window"))
+def test_long_rows_beside_short_ones(getkey, kind, options):
+    # XLA works off 128 queries at a time, and the last ones of a row 32 at a time, if they
+    # are no more than 64 or see no more than 256 keys.
+    steps = (((256, 65, 129), 450), ((1, 191, 192), 400), ((64, 65, 193), 352))
+    cache = cache_of(kind, "float32", max_len=600)
+    check_steps(getkey(), steps, cache, layer_of(kind, options), **options)
 
 
 def test_positions_before_starts_are_not_attended(getkey):

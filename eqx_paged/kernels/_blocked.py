@@ -6,6 +6,7 @@ context is ever made. Where the keys come from is the caller's: pages or a buffe
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,22 @@ from jaxtyping import Array, Float, Int32
 from ._online_softmax import accumulate, DEFAULT_MASK_VALUE, normalise, partial_softmax
 
 
-# Queries of a tile: with 3 heads a kv head, XLA works on its products with all cores, for
-# which it wants some 300 rows of each.
-QUERY_TILE = 128
+class Tile(NamedTuple):
+    """How many queries of a row meet how many of its keys at a time, at most."""
 
+    queries: int
+    keys: int
+
+
+# With 3 heads a kv head, XLA works on the products of the large one with all cores, for
+# which it wants some 300 rows of each. Where there are few keys, most of such a tile would
+# be keys that no query sees.
+LARGE, SMALL = Tile(128, 256), Tile(32, 64)
+FEW_KEYS = 256
+
+# Of a row, a position, and a number of keys.
 Fetch = Callable[
-    [Int32[Array, ""], Int32[Array, ""]],
+    [Int32[Array, ""], Int32[Array, ""], int],
     tuple[
         Float[Array, "num_kv_heads block head_dim"],
         Float[Array, "num_kv_heads block head_dim"],
@@ -29,13 +40,6 @@ Fetch = Callable[
 
 # Output, largest logit and denominator of each query, or the first of these.
 Results = tuple[Float[Array, "num_queries num_heads *head_dim"], ...]
-
-
-def key_block(max_len: int) -> int:
-    """Keys of a block: many are faster in a long context, but the first tokens of a row do
-    not see most of them. 256 keys of 8 heads of 128 floats are 1 MiB.
-    """
-    return 128 if max_len <= 1024 else 256
 
 
 def split_rows(
@@ -74,7 +78,7 @@ def blocked_attention(
     kv_lens: Int32[Array, " num_seqs"],
     *,
     num_kv_heads: int,
-    block: int,
+    max_len: int,
     align: int,
     sm_scale: float,
     soft_cap: float | None,
@@ -85,61 +89,81 @@ def blocked_attention(
 ) -> Results:
     """Attends from rows of `q_lens` tokens at `q_starts`; the other tokens get 0.
 
-    `fetch(row, start)` gives the keys and values of positions `[start, start + block)` of a
-    row, unscaled, as float32; `start` is a multiple of `align`. What it gives outside
-    `[kv_starts, kv_lens)` may be anything.
+    `fetch(row, start, num_keys)` gives the keys and values of positions `[start, start +
+    num_keys)` of a row, which has at most `max_len`, unscaled, as float32; `start` and
+    `num_keys` are multiples of `align`. What it gives outside `[kv_starts, kv_lens)` may be
+    anything.
     """
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
-    tile = min(QUERY_TILE, num_tokens)
     heads = (num_kv_heads, group)
     # The padding is what the last tile may reach past the end.
-    queries = jnp.pad(q.astype(jnp.float32), ((0, tile), (0, 0), (0, 0)))
+    padding = min(LARGE.queries, num_tokens)
+    queries = jnp.pad(q.astype(jnp.float32), ((0, padding), (0, 0), (0, 0)))
     queries = queries.reshape(-1, *heads, head_dim) * sm_scale
     if k_scale is not None:  # the keys' factor as well, and there are fewer queries
         queries = queries * k_scale[None, :, None, None]
-    sinks = None if sinks is None else sinks.reshape(*heads, 1)
-    ends = jnp.cumsum(-(-q_lens // tile))
+    sinks = None if sinks is None else sinks.reshape(1, *heads)
 
-    def accumulate_tile(carry):
-        item, *whole = carry
-        row = jnp.sum(item >= ends, dtype=jnp.int32)
-        offset = (item - ends[row]) * tile + -(-q_lens[row] // tile) * tile
-        here = kv_lens[row] - q_lens[row] + offset + jnp.arange(tile, dtype=jnp.int32)
-        start = q_starts[row] + offset
-        # A kv head's queries are the rows of one product.
-        q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile).transpose(1, 2, 0, 3)
-        acc, m, l = _attend_tile(
-            q_tile,
-            functools.partial(fetch, row),
-            here,
-            kv_starts[row],
-            kv_lens[row],
-            block=block,
-            align=align,
-            soft_cap=soft_cap,
-            sliding_window=sliding_window,
+    def work_off(tile, begins, ends, whole):
+        """Attends from the queries `[begins, ends)` of each row."""
+        size = min(tile.queries, num_tokens)
+        num_keys = max(min(tile.keys, max_len) // align, 1) * align
+        last_items = jnp.cumsum(-(-(ends - begins) // size))
+
+        def add_tile(carry):
+            item, *whole = carry
+            row = jnp.sum(item >= last_items, dtype=jnp.int32)
+            num_tiles = -(-(ends[row] - begins[row]) // size)
+            offset = begins[row] + (item - last_items[row] + num_tiles) * size
+            token = offset + jnp.arange(size, dtype=jnp.int32)
+            start = q_starts[row] + offset
+            # A kv head's queries are the rows of one product.
+            q_tile = jax.lax.dynamic_slice_in_dim(queries, start, size)
+            parts = _attend_tile(
+                q_tile.transpose(1, 2, 0, 3),
+                lambda at: fetch(row, at, num_keys),
+                kv_lens[row] - q_lens[row] + token,
+                kv_starts[row],
+                kv_lens[row],
+                num_keys=num_keys,
+                align=align,
+                soft_cap=soft_cap,
+                sliding_window=sliding_window,
+            )
+            put = functools.partial(_put, token < ends[row], start)
+            return item + 1, *map(put, whole, parts)
+
+        _, *whole = jax.lax.while_loop(
+            lambda carry: carry[0] < last_items[-1], add_tile, (jnp.int32(0), *whole)
         )
-        out = normalise(acc, m, l, sinks)
-        if v_scale is not None:
-            out = out * v_scale[:, None, None, None]
-        exists = offset + jnp.arange(tile, dtype=jnp.int32) < q_lens[row]
-        put = functools.partial(_put, exists, start)
-        return item + 1, *map(put, whole, (out, m, l))
+        return whole
 
-    per_query = (num_tokens + tile, *heads)
-    _, *whole = jax.lax.while_loop(
-        lambda carry: carry[0] < ends[-1],
-        accumulate_tile,
-        (
-            jnp.int32(0),
-            jnp.zeros((*per_query, head_dim), jnp.float32),
-            jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
-            jnp.zeros(per_query, jnp.float32),
-        ),
+    per_query = (num_tokens + padding, *heads)
+    whole = (
+        jnp.zeros((*per_query, head_dim), jnp.float32),
+        jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
+        jnp.zeros(per_query, jnp.float32),
     )
-    out, m, l = (x[:num_tokens].reshape(num_tokens, num_heads, *x.shape[3:]) for x in whole)
-    return out.astype(q.dtype), m, l
+    in_large = jnp.zeros_like(q_lens)
+    # What a program never does is not compiled.
+    if num_tokens > LARGE.queries // 2 and max_len > FEW_KEYS:
+        in_large = jnp.where(kv_lens - kv_starts > FEW_KEYS, _in_large_tiles(q_lens), 0)
+        whole = work_off(LARGE, jnp.zeros_like(q_lens), in_large, whole)
+    whole = work_off(SMALL, in_large, q_lens, whole)
+    acc, m, l = (x[:num_tokens] for x in whole)
+    out = normalise(acc, m, l, sinks)
+    if v_scale is not None:
+        out = out * v_scale[None, :, None, None]
+    per_head = (num_tokens, num_heads)
+    return out.reshape(q.shape).astype(q.dtype), m.reshape(per_head), l.reshape(per_head)
+
+
+def _in_large_tiles(q_lens: Int32[Array, " num_seqs"]) -> Int32[Array, " num_seqs"]:
+    """How many queries of long rows are in large tiles: the last of these at least half
+    full, or small ones are faster."""
+    num_tiles = (q_lens + LARGE.queries // 2 - 1) // LARGE.queries
+    return jnp.minimum(num_tiles * LARGE.queries, q_lens)
 
 
 def _attend_tile(
@@ -149,7 +173,7 @@ def _attend_tile(
     kv_start: Int32[Array, ""],
     kv_len: Int32[Array, ""],
     *,
-    block: int,
+    num_keys: int,
     align: int,
     soft_cap: float | None,
     sliding_window: int | None,
@@ -165,7 +189,7 @@ def _attend_tile(
     def add_block(carry):
         at, *so_far = carry
         k, v = fetch(at)
-        position = (at + jnp.arange(block, dtype=jnp.int32))[None]
+        position = (at + jnp.arange(num_keys, dtype=jnp.int32))[None]
         keep = (position <= here[:, None]) & (position >= kv_start)
         if sliding_window is not None:
             keep &= here[:, None] - position < sliding_window
@@ -176,7 +200,7 @@ def _attend_tile(
         seen = (position >= seen_from) & (position < seen_to)
         v = jnp.where(seen[..., None], v, 0.0)  # 0 * NaN is not 0
         block_acc = jnp.einsum("kgqs,ksd->kgqd", p, v)
-        return at + block, *accumulate(tuple(so_far), (block_m, block_l, block_acc))
+        return at + num_keys, *accumulate(tuple(so_far), (block_m, block_l, block_acc))
 
     _, m, l, acc = jax.lax.while_loop(
         lambda carry: carry[0] < seen_to,

@@ -129,14 +129,14 @@ class Ours(Memory):
         kept = np.pad(np.array(limits, np.int32), (0, missing))
         most = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
         shape = self._shape(num_seqs=num_rows, max_len=max(most))
+        num_pages = num_rows * _num_pages(max(most))
+        cache = PagedKVCache.empty(num_pages=num_pages, page_size=PAGE_SIZE, **shape)
         tokens = []
         for i in range(0, len(padded), size):
             part = slice(i, i + size)
-            cache = PagedKVCache.empty(
-                num_pages=num_rows * _num_pages(max(most)), page_size=PAGE_SIZE, **shape
-            )
             inputs = self._model, padded[part], lens[part], _stops([])
-            made, _ = _extend(inputs, cache, max(limits), kept[part], chunk)
+            made, cache = _extend(inputs, cache, max(limits), kept[part], chunk)
+            cache = _freed(cache)
             if made.result != RESULTS.successful:
                 raise RuntimeError(RESULTS[made.result])
             rows = zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)
@@ -217,6 +217,11 @@ def _shared(model: models.Decoder, cache: Cache, prefix: list[int], num_rows: in
     lens[0] = len(prefix)
     _, cache = _extend((model, prompts, lens, _stops([])), cache, 0)
     return _forked(cache)
+
+
+@eqx.filter_jit(donate="all")
+def _freed(cache):
+    return cache.free(jnp.ones(cache.num_seqs, bool))
 
 
 @eqx.filter_jit(donate="all")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import blocked_attention, key_block, Results, split_rows
+from .._blocked import blocked_attention, LARGE, Results, split_rows
 from .._online_softmax import accumulate, DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import values_of
 
@@ -115,16 +115,15 @@ def ragged_chunk_attention(
     **options: Any,
 ) -> Results:
     """Packed rows of queries, as in `ragged_paged_attention`."""
-    block = min(key_block(k.shape[1]), k.shape[1])
 
-    def fetch(row, start):
+    def fetch(row, start, num_keys):
         # Positions past the buffer repeat its last one, and are hidden by its length.
-        position = start + jnp.arange(block, dtype=jnp.int32)
+        position = start + jnp.arange(num_keys, dtype=jnp.int32)
         block_k, block_v = (values_of(x.at[row, position].get(mode="clip")) for x in (k, v))
         return _by_head(block_k), _by_head(block_v)
 
     def decode(queries, lengths):
-        return ragged_gqa(queries, k, v, lengths, starts, block_size=block, **options)
+        return ragged_gqa(queries, k, v, lengths, starts, block_size=LARGE.keys, **options)
 
     def prefill(q_starts, q_lens):
         return blocked_attention(
@@ -135,7 +134,7 @@ def ragged_chunk_attention(
             starts,
             lengths,
             num_kv_heads=k.shape[2],
-            block=block,
+            max_len=k.shape[1],
             align=1,
             **options,
         )

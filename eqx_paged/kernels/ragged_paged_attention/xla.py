@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import blocked_attention, key_block, Results, split_rows
+from .._blocked import blocked_attention, Results, split_rows
 from .._pages import page_size_of, unpack
 from ..paged_attention.xla import paged_attention
 
@@ -29,7 +29,6 @@ def ragged_paged_attention(
     **options: Any,
 ) -> Results:
     page_size = page_size_of(k_pages, q.shape[2])
-    num_pages = max(1, key_block(page_indices.shape[1] * page_size) // page_size)
     options = dict(options, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
 
     def decode(queries, kv_lens):
@@ -38,13 +37,13 @@ def ragged_paged_attention(
     def prefill(q_starts, q_lens):
         return blocked_attention(
             q,
-            _fetch_pages(k_pages, v_pages, page_indices, kv_lens, q.shape[2], num_pages),
+            _fetch_pages(k_pages, v_pages, page_indices, kv_lens, q.shape[2]),
             q_starts,
             q_lens,
             jnp.zeros_like(kv_lens),
             kv_lens,
             num_kv_heads=k_pages.shape[1],
-            block=num_pages * page_size,
+            max_len=page_indices.shape[1] * page_size,
             align=page_size,
             **options,
         )
@@ -52,11 +51,12 @@ def ragged_paged_attention(
     return split_rows(q, kv_lens, cu_q_lens, num_seqs, decode=decode, prefill=prefill)
 
 
-def _fetch_pages(k_pages, v_pages, page_indices, kv_lens, head_dim, num_pages):
+def _fetch_pages(k_pages, v_pages, page_indices, kv_lens, head_dim):
     page_size = page_size_of(k_pages, head_dim)
 
-    def fetch(row, start):
-        page = start // page_size + jnp.arange(num_pages, dtype=jnp.int32)
+    def fetch(row, start, num_keys):
+        offsets = jnp.arange(num_keys // page_size, dtype=jnp.int32)
+        page = start // page_size + offsets
         index = page_indices.at[row, page].get(mode="clip")
         index = jnp.where(page * page_size < kv_lens[row], index, 0)
         return _tokens(k_pages[index], head_dim), _tokens(v_pages[index], head_dim)
