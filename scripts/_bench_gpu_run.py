@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,7 +182,7 @@ def child_rows(
     while True:
         begun = row
         limits = ["--seconds", f"{clock.seconds_left:.1f}", "--first", str(first)]
-        with tempfile.TemporaryFile("w+") as errors:
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
             with subprocess.Popen(
                 [*command, *limits],
                 cwd=ROOT,
@@ -237,15 +238,18 @@ def _lines(process: subprocess.Popen, clock: Clock, silence: float) -> Iterator[
     One thread: a signal that ends this process leaves none behind.
     """
     assert process.stdout is not None
-    rest = b""
+    rest, heard = b"", time.monotonic()
     while True:
-        limit = min(silence, max(clock.seconds_left, 0) + GRACE)
+        of_silence = heard + silence - time.monotonic()
+        limit = max(min(of_silence, clock.seconds_left + GRACE), 0)
         ready, _, _ = select.select([process.stdout], [], [], limit)
-        if not ready:
+        if not ready or limit == 0:
             os.killpg(process.pid, signal.SIGKILL)
             return
         found = os.read(process.stdout.fileno(), 1 << 16)
         if not found:
             return
         *lines, rest = (rest + found).split(b"\n")
+        if lines:
+            heard = time.monotonic()
         yield from lines

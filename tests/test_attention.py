@@ -131,9 +131,13 @@ def test_a_layer_over_many_steps_equals_dense_attention(getkey, kind, options, d
 @pytest.mark.parametrize("kind", ("paged", "ragged"))
 @pytest.mark.parametrize("options", ({}, dict(sliding_window=100)), ids=("all", "window"))
 def test_long_rows_beside_short_ones(getkey, kind, options):
-    # XLA works off 128 queries at a time, and the last ones of a row 32 at a time, if they
-    # are no more than 64 or see no more than 256 keys.
-    steps = (((256, 65, 129), 450), ((1, 191, 192), 400), ((64, 65, 193), 352))
+    # XLA works off 128 queries at a time; the last ones of a row 32 at a time if they are
+    # no more than 64, and so all of a row of no more than 256 keys. With 64 tokens in all,
+    # 64 at a time, or 32 if they are no more than 32.
+    steps = (
+        *(((256, 65, 129), 450), ((1, 191, 192), 400), ((64, 65, 193), 352)),
+        *(((33, 3, 1), 64), ((1, 32, 31), 64)),
+    )
     cache = cache_of(kind, "float32", max_len=600)
     check_steps(getkey(), steps, cache, layer_of(kind, options), **options)
 

@@ -5,8 +5,8 @@ context is ever made. Where the keys come from is the caller's: pages or a buffe
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ class Tile(NamedTuple):
     keys: int
 
 
-# With 3 heads a kv head, XLA works on the products of the large one with all cores, for
-# which it wants some 300 rows of each. Where there are few keys, most of such a tile would
-# be keys that no query sees.
+# XLA works on the products of 3 heads a kv head with all cores from some 100 queries on,
+# and many keys at a time are faster in a long row. Where there are few of either, most of
+# such a tile would be padding and keys that no query sees. A usual page is 64 keys.
 LARGE, SMALL = Tile(128, 256), Tile(32, 64)
 FEW_KEYS = 256
 
-# Of a row, a position, and a number of keys.
+# Takes a row, its first position and how many keys.
 Fetch = Callable[
     [Int32[Array, ""], Int32[Array, ""], int],
     tuple[
@@ -105,52 +105,29 @@ def blocked_attention(
         queries = queries * k_scale[None, :, None, None]
     sinks = None if sinks is None else sinks.reshape(1, *heads)
 
-    def work_off(tile, begins, ends, whole):
-        """Attends from the queries `[begins, ends)` of each row."""
-        size = min(tile.queries, num_tokens)
-        num_keys = max(min(tile.keys, max_len) // align, 1) * align
-        last_items = jnp.cumsum(-(-(ends - begins) // size))
-
-        def add_tile(carry):
-            item, *whole = carry
-            row = jnp.sum(item >= last_items, dtype=jnp.int32)
-            num_tiles = -(-(ends[row] - begins[row]) // size)
-            offset = begins[row] + (item - last_items[row] + num_tiles) * size
-            token = offset + jnp.arange(size, dtype=jnp.int32)
-            start = q_starts[row] + offset
-            # A kv head's queries are the rows of one product.
-            q_tile = jax.lax.dynamic_slice_in_dim(queries, start, size)
-            parts = _attend_tile(
-                q_tile.transpose(1, 2, 0, 3),
-                lambda at: fetch(row, at, num_keys),
-                kv_lens[row] - q_lens[row] + token,
-                kv_starts[row],
-                kv_lens[row],
-                num_keys=num_keys,
-                align=align,
-                soft_cap=soft_cap,
-                sliding_window=sliding_window,
-            )
-            put = functools.partial(_put, token < ends[row], start)
-            return item + 1, *map(put, whole, parts)
-
-        _, *whole = jax.lax.while_loop(
-            lambda carry: carry[0] < last_items[-1], add_tile, (jnp.int32(0), *whole)
-        )
-        return whole
-
+    large, small = (_cut(tile, num_tokens, max_len, align) for tile in (LARGE, SMALL))
+    work_off = functools.partial(
+        _work_off,
+        queries=queries,
+        rows=_Rows(q_starts, q_lens, kv_starts, kv_lens),
+        fetch=fetch,
+        align=align,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+    )
     per_query = (num_tokens + padding, *heads)
     whole = (
         jnp.zeros((*per_query, head_dim), jnp.float32),
         jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
         jnp.zeros(per_query, jnp.float32),
     )
-    in_large = jnp.zeros_like(q_lens)
+    in_large = none = jnp.zeros_like(q_lens)
     # What a program never does is not compiled.
-    if num_tokens > LARGE.queries // 2 and max_len > FEW_KEYS:
-        in_large = jnp.where(kv_lens - kv_starts > FEW_KEYS, _in_large_tiles(q_lens), 0)
-        whole = work_off(LARGE, jnp.zeros_like(q_lens), in_large, whole)
-    whole = work_off(SMALL, in_large, q_lens, whole)
+    if large.queries > SMALL.queries and max_len > FEW_KEYS:
+        is_long = kv_lens - kv_starts > FEW_KEYS
+        in_large = jnp.where(is_long, _in_tiles(q_lens, large.queries), 0)
+        whole = work_off(large, none, in_large, whole)
+    whole = work_off(small, in_large, q_lens, whole)
     acc, m, l = (x[:num_tokens] for x in whole)
     out = normalise(acc, m, l, sinks)
     if v_scale is not None:
@@ -159,16 +136,74 @@ def blocked_attention(
     return out.reshape(q.shape).astype(q.dtype), m.reshape(per_head), l.reshape(per_head)
 
 
-def _in_large_tiles(q_lens: Int32[Array, " num_seqs"]) -> Int32[Array, " num_seqs"]:
-    """How many queries of long rows are in large tiles: the last of these at least half
-    full, or small ones are faster."""
-    num_tiles = (q_lens + LARGE.queries // 2 - 1) // LARGE.queries
-    return jnp.minimum(num_tiles * LARGE.queries, q_lens)
+def _cut(tile: Tile, num_tokens: int, max_len: int, align: int) -> Tile:
+    """As much of a tile as there is work for, and keys in multiples of `align`."""
+    num_keys = max(min(tile.keys, max_len) // align, 1) * align
+    return Tile(min(tile.queries, num_tokens), num_keys)
+
+
+def _in_tiles(q_lens: Int32[Array, " num_seqs"], size: int) -> Int32[Array, " num_seqs"]:
+    """How many of each row's queries are in tiles of such a size, if the last of these is
+    to be more than half full."""
+    num_tiles = (q_lens + (size - 1) // 2) // size
+    return jnp.minimum(num_tiles * size, q_lens)
+
+
+class _Rows(NamedTuple):
+    q_starts: Int32[Array, " num_seqs"]
+    q_lens: Int32[Array, " num_seqs"]
+    kv_starts: Int32[Array, " num_seqs"]
+    kv_lens: Int32[Array, " num_seqs"]
+
+
+def _work_off(
+    tile: Tile,
+    begins: Int32[Array, " num_seqs"],
+    ends: Int32[Array, " num_seqs"],
+    whole: Sequence[Array],
+    *,
+    queries: Float[Array, "padded_tokens num_kv_heads group head_dim"],
+    rows: _Rows,
+    fetch: Fetch,
+    align: int,
+    **options: Any,
+) -> Sequence[Array]:
+    """Puts into `whole` what the queries `[begins, ends)` of each row give: the output
+    before it is divided, the largest logit and the denominator."""
+    num_tiles = -(-(ends - begins) // tile.queries)
+    item_ends = jnp.cumsum(num_tiles)
+    item_starts = item_ends - num_tiles
+
+    def add_tile(carry):
+        item, *whole = carry
+        row = jnp.sum(item >= item_ends, dtype=jnp.int32)
+        offset = begins[row] + (item - item_starts[row]) * tile.queries
+        token = offset + jnp.arange(tile.queries, dtype=jnp.int32)
+        start = rows.q_starts[row] + offset
+        # A kv head's queries are the rows of one product.
+        q_tile = jax.lax.dynamic_slice_in_dim(queries, start, tile.queries)
+        parts = _attend_tile(
+            q_tile.transpose(1, 2, 0, 3),
+            functools.partial(fetch, row),
+            rows.kv_lens[row] - rows.q_lens[row] + token,
+            rows.kv_starts[row],
+            rows.kv_lens[row],
+            num_keys=tile.keys,
+            align=align,
+            **options,
+        )
+        put = functools.partial(_put, token < ends[row], start)
+        return item + 1, *map(put, whole, parts)
+
+    _, *whole = jax.lax.while_loop(
+        lambda carry: carry[0] < item_ends[-1], add_tile, (jnp.int32(0), *whole)
+    )
+    return whole
 
 
 def _attend_tile(
     q: Float[Array, "num_kv_heads group tile head_dim"],
-    fetch: Callable[[Int32[Array, ""]], tuple[Array, Array]],
+    fetch: Callable[[Int32[Array, ""], int], tuple[Array, Array]],
     here: Int32[Array, " tile"],
     kv_start: Int32[Array, ""],
     kv_len: Int32[Array, ""],
@@ -188,7 +223,7 @@ def _attend_tile(
 
     def add_block(carry):
         at, *so_far = carry
-        k, v = fetch(at)
+        k, v = fetch(at, num_keys)
         position = (at + jnp.arange(num_keys, dtype=jnp.int32))[None]
         keep = (position <= here[:, None]) & (position >= kv_start)
         if sliding_window is not None:

@@ -178,8 +178,11 @@ def test_what_breaks_is_told_and_the_rest_goes_on_in_another_process(breaks, rea
     ]
 
 
-def test_what_hangs_is_ended():
-    found = rows_of_child("time.sleep(600)", silence=10.0)
+@pytest.mark.parametrize(
+    "hangs", ("time.sleep(600)", "while True: print(end='x', flush=True), time.sleep(0.1)")
+)
+def test_what_hangs_is_ended(hangs):
+    found = rows_of_child(hangs, silence=10.0)
     assert found == [("D0", "right", ""), ("D1", "failed", "nothing came for 10 s")]
 
 
@@ -191,6 +194,7 @@ def test_where_the_benchmark_is_ended_so_is_a_process_that_hangs(tmp_path):
         raise Ended
 
     noted = tmp_path / "pid"
+    # By the end of a second the parent waits for the next line.
     note = f"open({str(noted)!r}, 'w').write(str(os.getpid())); time.sleep(1)"
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
-from .._blocked import blocked_attention, LARGE, Results, split_rows
+from .._blocked import blocked_attention, Results, split_rows
 from .._online_softmax import accumulate, DEFAULT_MASK_VALUE, normalise, partial_softmax
 from .._pages import values_of
 
@@ -19,6 +19,8 @@ from .._pages import values_of
 # many rows and heads that is few positions, each of which takes its turn of the loop.
 BLOCK_NUMBERS = 2**18
 MIN_BLOCK = 16
+# Of the rows of one token in a mixed step, as in a decode step where nothing is asked for.
+DECODE_BLOCK = 256
 
 
 def ragged_gqa(
@@ -123,7 +125,9 @@ def ragged_chunk_attention(
         return _by_head(block_k), _by_head(block_v)
 
     def decode(queries, lengths):
-        return ragged_gqa(queries, k, v, lengths, starts, block_size=LARGE.keys, **options)
+        return ragged_gqa(
+            queries, k, v, lengths, starts, block_size=DECODE_BLOCK, **options
+        )
 
     def prefill(q_starts, q_lens):
         return blocked_attention(
