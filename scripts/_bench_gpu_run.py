@@ -241,9 +241,8 @@ def _lines(process: subprocess.Popen, clock: Clock, silence: float) -> Iterator[
     rest, heard = b"", time.monotonic()
     while True:
         of_silence = heard + silence - time.monotonic()
-        limit = max(min(of_silence, clock.seconds_left + GRACE), 0)
-        ready, _, _ = select.select([process.stdout], [], [], limit)
-        if not ready or limit == 0:
+        limit = min(of_silence, clock.seconds_left + GRACE)
+        if limit <= 0 or not select.select([process.stdout], [], [], limit)[0]:
             os.killpg(process.pid, signal.SIGKILL)
             return
         found = os.read(process.stdout.fileno(), 1 << 16)

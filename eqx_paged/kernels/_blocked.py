@@ -97,15 +97,14 @@ def blocked_attention(
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
     heads = (num_kv_heads, group)
+    large, small = (_cut(tile, num_tokens, max_len, align) for tile in (LARGE, SMALL))
     # The padding is what the last tile may reach past the end.
-    padding = min(LARGE.queries, num_tokens)
-    queries = jnp.pad(q.astype(jnp.float32), ((0, padding), (0, 0), (0, 0)))
+    queries = jnp.pad(q.astype(jnp.float32), ((0, large.queries), (0, 0), (0, 0)))
     queries = queries.reshape(-1, *heads, head_dim) * sm_scale
     if k_scale is not None:  # the keys' factor as well, and there are fewer queries
         queries = queries * k_scale[None, :, None, None]
     sinks = None if sinks is None else sinks.reshape(1, *heads)
 
-    large, small = (_cut(tile, num_tokens, max_len, align) for tile in (LARGE, SMALL))
     work_off = functools.partial(
         _work_off,
         queries=queries,
@@ -115,7 +114,7 @@ def blocked_attention(
         soft_cap=soft_cap,
         sliding_window=sliding_window,
     )
-    per_query = (num_tokens + padding, *heads)
+    per_query = queries.shape[:-1]
     whole = (
         jnp.zeros((*per_query, head_dim), jnp.float32),
         jnp.full(per_query, DEFAULT_MASK_VALUE, jnp.float32),
